@@ -1,0 +1,106 @@
+"""Every configuration key, its default, its unit and its source. The other configs start from `get_config()` and override.
+
+A key is *identity* (it decides the trajectory: a checkpoint made under another value is refused, with the differences
+listed) or *free* (where and how the same trajectory is computed and shown).
+"""
+
+from typing import Any, NamedTuple
+
+import ml_collections
+from ml_collections import config_dict
+
+
+class Key(NamedTuple):
+    """One configuration key: its default, "identity" or "free", and what it means."""
+
+    default: Any
+    kind: str
+    doc: str
+
+
+def _none(kind: type) -> Any:
+    return config_dict.placeholder(kind)
+
+
+KEYS = {
+    # what is trained, on what
+    "seed": Key(0, "identity", "names every random stream of the run"),
+    "preset": Key("p_grpo", "identity", "algorithm: grpo | p_grpo (pgrpo_jax/algorithms/presets.py)"),
+    "num_steps": Key(20, "identity", "updates in the whole run (the learning-rate schedule ends there)"),
+    "prompts_per_step": Key(8, "identity", "prompts consumed by one update, P"),
+    "completions_per_prompt": Key(8, "identity", "completions sampled for one prompt, G; at least 2"),
+    "prompts_per_work": Key(8, "identity", "prompts in one unit of generation; divides prompts_per_step"),
+    "task.name": Key("movielens", "identity", "movielens | letters (pgrpo_jax/tasks)"),
+    "task.data_dir": Key(".assets/ml-100k", "free", "directory of the task's source files"),
+    "task.num_preference_groups": Key(5, "identity", "K"),
+    "model.path": Key(".assets/smollm2-135m", "free", "GGUF file or a directory holding one; '' = random weights from model.random"),
+    "model.random.num_layers": Key(2, "identity", "used only when model.path is ''"),
+    "model.random.width": Key(64, "identity", "D"),
+    "model.random.mlp_width": Key(128, "identity", "F"),
+    "model.random.num_heads": Key(4, "identity", "query heads"),
+    "model.random.num_kv_heads": Key(2, "identity", "key/value heads; divides num_heads"),
+    "model.random.context_length": Key(256, "identity", "tokens"),
+    # generation
+    "generation.max_new_tokens": Key(16, "identity", "tokens, stop token included, Tc"),
+    "generation.temperature": Key(1.0, "identity", "> 0; the learner uses the same"),
+    "generation.top_k": Key(0, "identity", "0 = off; the learner renormalises on the same support"),
+    "generation.top_p": Key(1.0, "identity", "(0, 1]; 1 = off; as top_k"),
+    "generation.prompt_buckets": Key((64, 128, 256, 512, 1024), "identity", "padded prompt lengths, tokens, ascending; one compilation each"),
+    # staleness (RLAX, arXiv:2512.06392): the version that generates step s is a fixed function of s
+    "staleness.reload": Key(1, "identity", "j: actors load new weights every j versions"),
+    "staleness.accept": Key(1, "identity", "k >= j: a rollout is trained on while 0 <= step - version < k"),
+    "staleness.lag": Key(_none(int), "identity", "versions that generation runs behind; unset = min(k - j, j)"),
+    # the algorithm around the preset; unset = the preset's own value
+    "algorithm.clip_low": Key(_none(float), "identity", "epsilon below 1 of the probability ratio"),
+    "algorithm.clip_high": Key(_none(float), "identity", "epsilon above 1"),
+    "algorithm.kl_coefficient": Key(_none(float), "identity", "beta of the k3 KL to the reference; 0 loads no reference"),
+    "algorithm.epsilon": Key(1e-6, "identity", "added to every deviation that divides a reward"),
+    "algorithm.std_floor": Key(1e-3, "identity", "smallest deviation of a preference history, reward units"),
+    "algorithm.min_count": Key(_none(int), "identity", "rewards a preference history needs before it is used; unset = 4 * completions_per_prompt"),
+    # optimiser
+    "optimiser.learning_rate": Key(1e-6, "identity", "peak step size of AdamW"),
+    "optimiser.schedule": Key("constant", "identity", "after warm-up: constant | cosine | linear (to 0 at num_steps)"),
+    "optimiser.warmup_steps": Key(2, "identity", "updates of linear warm-up"),
+    "optimiser.b1": Key(0.9, "identity", "AdamW"),
+    "optimiser.b2": Key(0.99, "identity", "AdamW"),
+    "optimiser.eps": Key(1e-8, "identity", "AdamW"),
+    "optimiser.weight_decay": Key(0.0, "identity", "AdamW, decoupled; matrices only"),
+    "optimiser.clip_norm": Key(1.0, "identity", "global gradient norm; 0 = off"),
+    # learner
+    "learner.micro_batches": Key(1, "identity", "gradient accumulation: slices of whole prompts; divides prompts_per_step"),
+    "learner.passes_per_batch": Key(1, "identity", "updates made from one batch of rollouts (GRPO's mu)"),
+    "learner.remat": Key(False, "identity", "recompute each layer in the backward pass: less memory, more time"),
+    # where it runs, how often it saves and shows
+    "engine": Key("inline", "free", "inline"),
+    "learner.num_devices": Key(0, "free", "local devices the batch is split over; 0 = all; divides prompts_per_step / micro_batches"),
+    "checkpoint.save_every": Key(5, "free", "updates"),
+    "checkpoint.keep": Key(2, "free", "committed steps kept"),
+    "evaluation.num_prompts": Key(64, "identity", "held-out prompts, one for each test user"),
+    "evaluation.completions_per_prompt": Key(4, "identity", "answers sampled for each"),
+    "metrics.samples_every": Key(5, "free", "updates between two tables of samples"),
+    "metrics.tensorboard": Key(True, "free", "write TensorBoard files"),
+}
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the default configuration, locked: an unknown key is an error."""
+    tree: dict[str, Any] = {}
+    for name, key in KEYS.items():
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = key.default
+    return ml_collections.ConfigDict(tree).lock()
+
+
+def identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns the identity keys of a configuration as a flat {dotted name: value} dict."""
+    values = {}
+    for name, key in KEYS.items():
+        node = config
+        for part in name.split("."):
+            node = node[part]
+        if key.kind == "identity":
+            values[name] = list(node) if isinstance(node, tuple) else node
+    return values
