@@ -40,6 +40,7 @@ KEYS = {
     "model.random.num_heads": Key(4, "identity", "query heads"),
     "model.random.num_kv_heads": Key(2, "identity", "key/value heads; divides num_heads"),
     "model.random.context_length": Key(256, "identity", "tokens"),
+    "model.dtype": Key("float32", "identity", "of activations and matmuls: float32 | bfloat16; parameters stay float32"),
     # generation
     "generation.max_new_tokens": Key(16, "identity", "tokens, stop token included, Tc"),
     "generation.temperature": Key(1.0, "identity", "> 0; the learner uses the same"),
@@ -77,6 +78,7 @@ KEYS = {
     "checkpoint.keep": Key(2, "free", "committed steps kept"),
     "evaluation.num_prompts": Key(64, "identity", "held-out prompts, one for each test user"),
     "evaluation.completions_per_prompt": Key(4, "identity", "answers sampled for each"),
+    "evaluation.prompts_per_work": Key(16, "identity", "prompts in one unit of evaluation; divides evaluation.num_prompts"),
     "metrics.samples_every": Key(5, "free", "updates between two tables of samples"),
     "metrics.tensorboard": Key(True, "free", "write TensorBoard files"),
 }

@@ -162,3 +162,28 @@ class TrainState:
     optimiser: Any
     history: Any
     objective: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """Event: an engine finished a unit of work."""
+
+    rollouts: Rollouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Lost:
+    """Event: a unit of work will never finish (its actor is gone); it must be issued again."""
+
+    work: Work
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Tick:
+    """Event: time passed and nothing else happened."""
+
+    secs: float
+
+
+Event = Finished | Lost | Tick

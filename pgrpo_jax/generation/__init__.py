@@ -1,0 +1,1 @@
+"""Floor 1: sampling completions, and scoring them under the same distribution."""

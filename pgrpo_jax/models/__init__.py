@@ -1,0 +1,1 @@
+"""Floor 1: the transformer, its weights and its tokenizer."""

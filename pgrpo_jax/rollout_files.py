@@ -1,0 +1,84 @@
+"""Floor 1: the rollouts of one step as one file, readable without pickle.
+
+An uncompressed .npz archive: "records" is a JSON document (UTF-8 bytes as uint8) with one entry for each unit of work, holding the
+work (its weight version included), the prompts and the answers' text; entry i's arrays are stored as "i/<field>". The bytes are a
+function of the rollouts alone, so that two equal runs write equal files (but for `generation_secs`, which is wall time).
+"""
+
+import dataclasses
+import io
+import json
+import zipfile
+from typing import Any, Sequence
+
+from etils import epath
+import numpy as np
+
+from pgrpo_jax.structs import Prompt, Rollouts, Work
+
+_ARRAYS = ("prompts", "prompt_lengths", "completions", "completion_lengths", "prompt_index", "behaviour_log_probs", "truncated", "rewards")
+
+
+def pack_rollouts(rollouts: Sequence[Rollouts]) -> bytes:
+    """Returns everything of a step's rollouts as the bytes of one .npz file.
+
+    Args:
+        rollouts: the units of work of one step, in canonical order. The facts of their prompts must be JSON (dicts with text keys,
+            lists, numbers, text), else they would not be read back equal.
+
+    Returns:
+        The file's content; `load_rollouts` reads it back to the same records.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    records = []
+    for i, unit in enumerate(rollouts):
+        records.append({
+            "work": dataclasses.asdict(unit.work),
+            "prompts": [vars(prompt) | {"facts": dict(prompt.facts)} for prompt in unit.prompt_records],
+            "texts": list(unit.texts),
+            "generation_secs": float(unit.generation_secs),
+        })
+        arrays |= {f"{i}/{name}": np.asarray(getattr(unit, name)) for name in _ARRAYS}
+        arrays |= {f"{i}/reward_components/{name}": np.asarray(values) for name, values in unit.reward_components.items()}
+    # ASCII escapes keep lone surrogates, which a tokenizer can emit and UTF-8 can not.
+    arrays["records"] = np.frombuffer(json.dumps(records).encode("ascii"), dtype=np.uint8)
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def load_rollouts(path: epath.PathLike) -> list[Rollouts]:
+    """Reads the rollouts of one step back.
+
+    Args:
+        path: a file that holds the bytes of `pack_rollouts`.
+
+    Returns:
+        The units of work, equal to those written.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or is not a rollouts file.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; rollouts are kept as <workdir>/rollouts/step_NNNNNN.npz")
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        records = json.loads(arrays["records"].tobytes().decode("ascii"))
+        return [_unit(i, record, arrays) for i, record in enumerate(records)]
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or no rollouts file ({type(error).__name__}: {error}); restore it or delete it") from error
+
+
+def _unit(i: int, record: dict[str, Any], arrays: dict[str, np.ndarray]) -> Rollouts:
+    prefix = f"{i}/reward_components/"
+    return Rollouts(
+        work=Work(**record["work"]),
+        prompt_records=tuple(Prompt(**prompt) for prompt in record["prompts"]),
+        texts=tuple(record["texts"]),
+        generation_secs=record["generation_secs"],
+        reward_components={name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)},
+        **{name: arrays[f"{i}/{name}"] for name in _ARRAYS},
+    )

@@ -1,0 +1,204 @@
+"""Floor 5: from a configuration to checked settings. Below this module and `train.py` nothing sees a ConfigDict.
+
+`check` reports every error of a configuration at once, before a device is touched.
+"""
+
+import math
+from typing import Any, Callable
+
+from pgrpo_jax.algorithms import presets
+from pgrpo_jax.controller import Schedule
+from pgrpo_jax.generation.engine import GenerationSettings
+from pgrpo_jax.generation.sampler import Support
+from pgrpo_jax.learner import LearnerSettings
+from pgrpo_jax.models.families import ModelConfig
+from pgrpo_jax.models.tokenizer import Tokenizer
+from pgrpo_jax.tasks import TASKS
+from pgrpo_jax.update import ObjectiveSettings, OptimiserSettings, learning_rate
+
+ENGINES = ("inline",)
+
+_AT_LEAST = {
+    "num_steps": 1,
+    "prompts_per_step": 1,
+    "prompts_per_work": 1,
+    "task.num_preference_groups": 1,
+    "generation.max_new_tokens": 1,
+    "generation.top_k": 0,
+    "optimiser.warmup_steps": 0,
+    "optimiser.weight_decay": 0,
+    "optimiser.clip_norm": 0,
+    "learner.micro_batches": 1,
+    "learner.passes_per_batch": 1,
+    "learner.num_devices": 0,
+    "algorithm.epsilon": 0,
+    "algorithm.std_floor": 0,
+    "checkpoint.save_every": 1,
+    "checkpoint.keep": 1,
+    "evaluation.num_prompts": 1,
+    "evaluation.completions_per_prompt": 1,
+    "evaluation.prompts_per_work": 1,
+    "metrics.samples_every": 0,
+}
+_ONE_OF = {"engine": ENGINES, "task.name": tuple(TASKS), "model.dtype": ("float32", "bfloat16")}
+
+
+class ConfigError(ValueError):
+    """A configuration can not run; the message lists every reason, one a line."""
+
+
+def check(config: Any, *, num_devices: int) -> None:
+    """Refuses a configuration that can not run.
+
+    Args:
+        config: with every key of configs/base.py.
+        num_devices: local devices, for the splits of the batch.
+
+    Raises:
+        ConfigError: each line names a key, its value, the bound and what to do.
+    """
+    errors = [
+        f"{key} = {_get(config, key)} is below {least}: set it to at least {least}"
+        for key, least in _AT_LEAST.items()
+        if not _get(config, key) >= least
+    ]
+    errors += [
+        f"{key} = {_get(config, key)!r} is unknown: use one of {', '.join(known)}" for key, known in _ONE_OF.items() if _get(config, key) not in known
+    ]
+    errors += _check_numbers(config)
+    for build in (schedule, preset, lambda c: learning_rate(optimiser_settings(c)), _random_model_if_any):
+        try:
+            build(config)
+        except ValueError as error:
+            errors.append(str(error))
+    if not errors:
+        errors = _check_divisions(config, num_devices)
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+
+def _get(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _check_numbers(config: Any) -> list[str]:
+    g, buckets = config.generation, list(config.generation.prompt_buckets)
+    rules = [
+        (config.completions_per_prompt >= 2, "completions_per_prompt", config.completions_per_prompt,
+         "below 2: one completion has nothing to be compared with; set it to at least 2"),
+        (math.isfinite(g.temperature) and g.temperature > 0, "generation.temperature", g.temperature, "not above 0: use generation.top_k=1 for greedy answers"),
+        (0 < g.top_p <= 1, "generation.top_p", g.top_p, "outside (0, 1]: 1 switches it off"),
+        (bool(buckets) and buckets == sorted(set(buckets)) and buckets[0] >= 1, "generation.prompt_buckets", tuple(buckets),
+         "not a rising list of lengths: for example (64, 128)"),
+        (math.isfinite(config.optimiser.learning_rate) and config.optimiser.learning_rate > 0, "optimiser.learning_rate",
+         config.optimiser.learning_rate, "not above 0: 1e-6 to 1e-4 are usual"),
+        (config.algorithm.epsilon + config.algorithm.std_floor > 0, "algorithm.epsilon + algorithm.std_floor",
+         config.algorithm.epsilon + config.algorithm.std_floor, "0: a preference history of equal rewards would divide by 0; set one above 0"),
+    ]  # fmt: skip
+    return [f"{key} = {value} is {problem}" for holds, key, value, problem in rules if not holds]
+
+
+def _check_divisions(config: Any, num_devices: int) -> list[str]:
+    devices = config.learner.num_devices or num_devices
+    per_slice = config.prompts_per_step // config.learner.micro_batches
+    pairs = [
+        ("prompts_per_step", config.prompts_per_step, "prompts_per_work", config.prompts_per_work),
+        ("prompts_per_step", config.prompts_per_step, "learner.micro_batches", config.learner.micro_batches),
+        ("prompts_per_step / learner.micro_batches", per_slice, "the learner's devices (learner.num_devices, 0 = all)", devices),
+        ("evaluation.num_prompts", config.evaluation.num_prompts, "evaluation.prompts_per_work", config.evaluation.prompts_per_work),
+    ]
+    errors = [f"{a} = {x} is not divisible by {b} = {y}: change one of them" for a, x, b, y in pairs if x % y]
+    if devices > num_devices:
+        errors.append(f"learner.num_devices = {devices} is more than the {num_devices} local devices: lower it, or 0 for all")
+    return errors
+
+
+def schedule(config: Any) -> Schedule:
+    """Returns which weight version generates which step."""
+    return Schedule(reload=config.staleness.reload, accept=config.staleness.accept, lag=config.staleness.lag)
+
+
+def preset(config: Any) -> presets.Preset:
+    """Returns the algorithm, overrides applied."""
+    a = config.algorithm
+    return presets.resolve(config.preset, clip_low=a.clip_low, clip_high=a.clip_high, kl_coefficient=a.kl_coefficient)
+
+
+def advantage_options(config: Any) -> dict[str, float]:
+    """Returns the keyword arguments of `parallel.advantage_kernel`."""
+    a = config.algorithm
+    min_count = 4 * config.completions_per_prompt if a.min_count is None else a.min_count
+    return {"num_prompts": config.prompts_per_step, "epsilon": a.epsilon, "std_floor": a.std_floor, "min_count": min_count}
+
+
+def generation_settings(config: Any, tokenizer: Tokenizer) -> GenerationSettings:
+    """Returns what is generated."""
+    return GenerationSettings(
+        max_new_tokens=config.generation.max_new_tokens,
+        support=_support(config),
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+        prompt_buckets=tuple(config.generation.prompt_buckets),
+    )
+
+
+def _support(config: Any) -> Support:
+    g = config.generation
+    return Support(temperature=float(g.temperature), top_k=g.top_k, top_p=float(g.top_p))
+
+
+def optimiser_settings(config: Any) -> OptimiserSettings:
+    """Returns AdamW's settings; warm-up and schedule count optimiser steps, of which a batch makes `passes_per_batch`."""
+    o, passes = config.optimiser, config.learner.passes_per_batch
+    return OptimiserSettings(
+        learning_rate=o.learning_rate,
+        schedule=o.schedule,
+        warmup_steps=o.warmup_steps * passes,
+        num_updates=config.num_steps * passes,
+        b1=o.b1,
+        b2=o.b2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        clip_norm=o.clip_norm,
+    )
+
+
+def learner_settings(config: Any, tokenizer: Tokenizer) -> LearnerSettings:
+    """Returns the learner's sizes and constants."""
+    algorithm = preset(config)
+    return LearnerSettings(
+        num_steps=config.num_steps,
+        schedule=schedule(config),
+        num_preference_groups=config.task.num_preference_groups,
+        completions_per_prompt=config.completions_per_prompt,
+        micro_batches=config.learner.micro_batches,
+        passes_per_batch=config.learner.passes_per_batch,
+        pad_id=tokenizer.pad_id,
+        objective=ObjectiveSettings(
+            clip_low=algorithm.clip_low, clip_high=algorithm.clip_high, kl_coefficient=algorithm.kl_coefficient, support=_support(config)
+        ),
+        optimiser=optimiser_settings(config),
+    )
+
+
+def random_model(config: Any, vocab_size: int) -> ModelConfig:
+    """Returns the sizes of the randomly initialised model (model.random)."""
+    r = config.model.random
+    return ModelConfig(
+        num_layers=r.num_layers,
+        width=r.width,
+        mlp_width=r.mlp_width,
+        num_heads=r.num_heads,
+        num_kv_heads=r.num_kv_heads,
+        head_dim=r.width // r.num_heads,
+        vocab_size=vocab_size,
+        context_length=r.context_length,
+        rope_theta=10000.0,
+        norm_epsilon=1e-5,
+        tied_embeddings=True,
+    )
+
+
+_random_model_if_any: Callable[[Any], Any] = lambda config: None if config.model.path else random_model(config, 1)  # noqa: E731

@@ -1,0 +1,142 @@
+"""Moments against math.fsum: offsets, empty segments, wrong ids, merging in any order."""
+
+import math
+
+import advantage_oracle as oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pgrpo_jax.algorithms import reward_history
+from pgrpo_jax.structs import RewardHistory
+
+EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True)
+FINITE = st.floats(-1e3, 1e3, allow_subnormal=False)
+
+batch_moments = jax.jit(reward_history.batch_moments, static_argnums=3)
+merge = jax.jit(reward_history.merge)
+
+
+def of(values, dtype=np.float32) -> RewardHistory:
+    """The moments of one list of rewards, as a history of one row."""
+    values = np.asarray(values, dtype)
+    return reward_history.batch_moments(values, np.zeros(len(values), np.int32), np.ones(len(values), bool), 1)
+
+
+def assert_moments(history: RewardHistory, segments: list[list[float]], *, rtol: float) -> None:
+    expected = np.array([oracle.moments([float(v) for v in values]) for values in segments])
+    scale = 1 + max((abs(float(v)) for values in segments for v in values), default=0.0)
+    np.testing.assert_array_equal(history.count, expected[:, 0])
+    np.testing.assert_allclose(history.mean, expected[:, 1], rtol=0, atol=rtol * scale)
+    np.testing.assert_allclose(reward_history.std(history), expected[:, 2], rtol=rtol, atol=rtol * scale)
+
+
+def test_init_is_empty_and_checks_its_size():
+    history = reward_history.init(3)
+    assert history.count.dtype == jnp.int32 and history.mean.dtype == history.m2.dtype == jnp.float32
+    assert_moments(history, [[], [], []], rtol=0)
+    with pytest.raises(ValueError, match="num_preference_groups is 0, must be at least 1"):
+        reward_history.init(0)
+
+
+def test_masked_rows_and_wrong_ids_count_nowhere():
+    rewards = np.array([1.0, 2.0, np.nan, np.inf, 50.0, 60.0, 70.0, 3.0], np.float32)
+    ids = np.array([0, 0, 0, 2, -1, 3, 2**31 - 1, 2], np.int32)
+    mask = np.array([True, True, False, False, True, True, True, True])
+    assert_moments(batch_moments(rewards, ids, mask, 3), [[1.0, 2.0], [], [3.0]], rtol=1e-7)
+
+
+def test_all_masked_is_exactly_empty():
+    moments = batch_moments(np.full(4, np.nan, np.float32), np.zeros(4, np.int32), np.zeros(4, bool), 2)
+    for leaf in (moments.count, moments.mean, moments.m2):
+        assert np.array_equal(leaf, np.zeros(2))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6, -1e7, 1e20])
+def test_float32_keeps_deviations_at_huge_offsets(offset):
+    step = max(float(np.spacing(np.float32(abs(offset)))), 0.25)  # rewards that float32 holds exactly
+    rewards = np.float32(offset + step * np.random.default_rng(0).integers(-20, 20, 1000))
+    ids = np.arange(1000, dtype=np.int32) % 2
+    moments = batch_moments(rewards, ids, np.ones(1000, bool), 2)
+    expected = [oracle.moments([float(r) for r in rewards[k::2]]) for k in range(2)]
+    np.testing.assert_allclose(reward_history.std(moments), [e[2] for e in expected], rtol=1e-5)
+    np.testing.assert_allclose(moments.mean, [e[1] for e in expected], rtol=1e-7, atol=1e-6 * step)
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e6 + 0.3, -7e20, 1e-30])
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+def test_equal_rewards_have_exactly_themselves_as_mean(value, size):
+    moments = of([value] * size)
+    assert moments.mean[0] == np.float32(value) and moments.count[0] == size
+    assert reward_history.std(moments)[0] <= 1e-12 * abs(value)
+
+
+@EXAMPLES
+@given(
+    a=hnp.arrays(np.float64, 12, elements=FINITE),
+    b=hnp.arrays(np.float64, 12, elements=FINITE),
+    ids=hnp.arrays(np.int32, 24, elements=st.integers(0, 2)),
+    mask=hnp.arrays(bool, 24),
+)
+def test_merging_equals_the_moments_of_all_rewards(a, b, ids, mask):
+    with jax.enable_x64(True):
+        parts = [batch_moments(x, ids[s], mask[s], 3) for x, s in ((a, slice(12)), (b, slice(12, 24)))]
+        merged, swapped = merge(*parts), merge(*parts[::-1])
+    rewards = np.concatenate([a, b])
+    segments = [list(rewards[mask & (ids == k)]) for k in range(3)]
+    assert_moments(merged, segments, rtol=1e-10)
+    assert_moments(swapped, segments, rtol=1e-10)
+
+
+@EXAMPLES
+@given(batches=st.lists(st.lists(FINITE, max_size=6), min_size=3, max_size=6), order=st.randoms(use_true_random=False))
+def test_order_and_bracketing_of_merges_do_not_matter(batches, order):
+    with jax.enable_x64(True):
+        moments = [of(batch, np.float64) for batch in batches]
+        while len(moments) > 1:
+            order.shuffle(moments)
+            moments.append(merge(moments.pop(), moments.pop()))
+    assert_moments(moments[0], [[v for batch in batches for v in batch]], rtol=1e-10)
+
+
+@pytest.mark.parametrize("value", [0.3, 1e25, -1e38])
+def test_an_empty_side_changes_no_bit(value):
+    full, empty = of([value, value / 2, value]), reward_history.init(1)
+    for merged in (merge(full, empty), merge(empty, full)):
+        for name in ("count", "mean", "m2"):
+            assert np.array_equal(getattr(merged, name), getattr(full, name)), name
+    assert_moments(merge(empty, empty), [[]], rtol=0)
+
+
+def test_counts_neither_overflow_nor_stop():
+    big = RewardHistory(count=jnp.array([2**30]), mean=jnp.array([1.0]), m2=jnp.array([2.0**30]))
+    merged = merge(big, of([3.0]))
+    assert merged.count[0] == 2**30 + 1  # a float32 count would still be 2**30
+    merged = merge(big, RewardHistory(count=jnp.array([2**29]), mean=jnp.array([4.0]), m2=jnp.array([0.0])))
+    assert merged.mean[0] == 2.0
+    np.testing.assert_allclose(reward_history.std(merged)[0], math.sqrt((2**30 + 9 * 2**30 / 3) / (3 * 2**29)), rtol=1e-6)
+    full = merge(big, merge(big, big))
+    assert full.count[0] == 2**31 - 1 and full.mean[0] == 1.0
+
+
+def test_std_and_its_floor():
+    history = RewardHistory(count=jnp.array([0, 4, 4]), mean=jnp.zeros(3), m2=jnp.array([0.0, 16.0, 0.0001]))
+    np.testing.assert_allclose(reward_history.std(history), [0.0, 2.0, 0.005], rtol=1e-6)
+    np.testing.assert_allclose(reward_history.std(history, floor=0.5), [0.5, 2.0, 0.5], rtol=1e-6)
+
+
+def test_rows_never_borrow_from_another_segment():
+    ids, mask = jnp.array([0, -1, 2, 1, 5]), jnp.array([True, True, True, True, False])
+    np.testing.assert_array_equal(reward_history.rows(jnp.array([3.0, 4.0]), ids, mask), [3.0, np.nan, np.nan, 4.0, 0.0])
+    np.testing.assert_array_equal(reward_history.rows(jnp.array([False, True]), ids, mask), [False, True, True, True, False])
+
+
+def test_wrong_dtypes_are_refused():
+    with pytest.raises(AssertionError):
+        reward_history.batch_moments(jnp.ones(3, jnp.int32), jnp.zeros(3, jnp.int32), jnp.ones(3, bool), 2)
+    with pytest.raises(AssertionError), jax.enable_x64(True):
+        reward_history.merge(reward_history.init(2), reward_history.init(2, jnp.float64))
