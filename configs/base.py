@@ -4,6 +4,7 @@ A key is *identity* (it decides the trajectory: a checkpoint made under another 
 listed) or *free* (where and how the same trajectory is computed and shown).
 """
 
+import pathlib
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -16,6 +17,9 @@ class Key(NamedTuple):
     default: Any
     kind: str
     doc: str
+
+
+_ASSETS = pathlib.Path(__file__).resolve().parent.parent / ".assets"  # where launch/fetch_assets.py puts them
 
 
 def _none(kind: type) -> Any:
@@ -31,9 +35,9 @@ KEYS = {
     "completions_per_prompt": Key(8, "identity", "completions sampled for one prompt, G; at least 2"),
     "prompts_per_work": Key(8, "identity", "prompts in one unit of generation; divides prompts_per_step"),
     "task.name": Key("movielens", "identity", "movielens | letters (pgrpo_jax/tasks)"),
-    "task.data_dir": Key(".assets/ml-100k", "free", "directory of the task's source files"),
+    "task.data_dir": Key(str(_ASSETS / "ml-100k"), "free", "directory of the task's source files"),
     "task.num_preference_groups": Key(5, "identity", "K"),
-    "model.path": Key(".assets/smollm2-135m", "free", "GGUF file or a directory holding one; '' = random weights from model.random"),
+    "model.path": Key(str(_ASSETS / "smollm2-135m"), "free", "GGUF file or a directory holding one; '' = random weights from model.random"),
     "model.random.num_layers": Key(2, "identity", "used only when model.path is ''"),
     "model.random.width": Key(64, "identity", "D"),
     "model.random.mlp_width": Key(128, "identity", "F"),

@@ -196,7 +196,7 @@ def _placed(records: list[TensorRecord], cursor: _Cursor, alignment: int) -> dic
     for record in records:
         if record.name in placed:
             raise ValueError(f"tensor {record.name!r} occurs twice")
-        if False:
+        if record.offset != expected:
             raise ValueError(f"tensor {record.name!r} lies at offset {record.offset}, must be {expected}, right after the one before")
         end = start + record.offset + record.num_bytes
         if end > len(cursor.data):

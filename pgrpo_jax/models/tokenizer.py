@@ -139,8 +139,7 @@ class BpeTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, control tokens left out. Raises ValueError for an id outside the vocabulary."""
         _check_ids(ids, self.vocab_size)
-        control = set(self._control.values())
-        return self._bpe.decode([int(token) for token in ids if token not in control], skip_special_tokens=False)
+        return self._bpe.decode([int(token) for token in ids])  # control tokens have no text in the encoder's vocabulary
 
     def render_chat(self, text: str) -> list[int]:
         """Returns the ids of one user message under the chat template, with the generation prompt.
@@ -201,7 +200,7 @@ def _from_metadata(metadata: Mapping[str, Any]) -> BpeTokenizer:
         raise ValueError(f"model is {model!r}, known is 'gpt2' (byte-level BPE): choose such a model")
     tokens, merges, template = metadata.get(prefix + "tokens"), metadata.get(prefix + "merges"), metadata.get("tokenizer.chat_template")
     if not (isinstance(tokens, list) and isinstance(merges, list) and isinstance(template, str)):
-        raise ValueError("tokens, merges (lists of texts) or chat template (text) are missing: choose a chat model with its tokenizer inside")
+        raise ValueError("tokens, merges (lists of texts) or chat template (text) are missing: choose a chat model with its tokenizer")
     kinds = np.ravel(metadata.get(prefix + "token_type", ())).tolist()
     if len(kinds) != len(tokens) or not set(kinds) <= {_NORMAL, _CONTROL}:
         raise ValueError(

@@ -55,7 +55,8 @@ def test_reads_every_kind_of_value(tmp_path):
     (tmp_path / "m.gguf").write_bytes(gguf_bytes(pairs, [record(), record("v", (3,), offset=32)]))
     header = gguf_header.read(tmp_path / "m.gguf")
     for code in scalars:
-        assert header.metadata[f"one.{code}"] == 1 and type(header.metadata[f"one.{code}"]) is {"f": float, "d": float, "?": bool}.get(code, int)
+        value = header.metadata[f"one.{code}"]
+        assert value == 1 and type(value) is {"f": float, "d": float, "?": bool}.get(code, int)
     assert header.metadata["texts"] == ["a", "½"]
     assert header.metadata["shorts"].tolist() == [-1, 0, 7] and header.metadata["none"].size == 0
     assert header.tensors["w"].shape == (2, 4) and header.tensors["w"].num_bytes == 32

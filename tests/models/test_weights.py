@@ -31,7 +31,8 @@ def smollm2():
 def tiny_tensors(config, seed=0):
     """Random tensors under llama.cpp's names, [outputs, inputs]."""
     rng = np.random.default_rng(seed)
-    d, f, q, kv = config["width"], config["mlp_width"], config["num_heads"] * config["head_dim"], config["num_kv_heads"] * config["head_dim"]
+    d, f = config["width"], config["mlp_width"]
+    q, kv = config["num_heads"] * config["head_dim"], config["num_kv_heads"] * config["head_dim"]
     shapes = {"token_embd": (config["vocab_size"], d), "output_norm": (d,)}
     if not config["tied_embeddings"]:
         shapes["output"] = (config["vocab_size"], d)
@@ -182,8 +183,9 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed_together(tmp_path):
     "extra, message",
     [
         ({"block_count": 10**9}, "num_layers is 1000000000, the file has only 20 tensors"),
+        ({"block_count": 21}, "num_layers is 21, the file has only 20 tensors"),
         ({"block_count": None}, "no single value for llama.block_count"),
-        ({"attention.head_count": [4, 4]}, "no single value for llama.attention.head_count, llama.attention.head_count_kv|llama.attention.head_count:"),
+        ({"attention.head_count": [4, 4]}, "no single value for llama.attention.head_count: the file"),
         ({"vocab_size": 10}, "llama.vocab_size is 10, the tokenizer has 9 tokens"),
         ({"embedding_length": 0}, "width is 0, must be a whole number"),
         ({"attention.head_count_kv": 3}, "num_heads is 4, must be a multiple of num_kv_heads 3"),
@@ -236,6 +238,16 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
     path = write_tiny(tmp_path / "m.gguf", tensors, TINY)
     assert weights.read_config(path).num_layers == 2  # the header is sound
     with pytest.raises(ValueError, match="tensor 'blk.1.ffn_gate.weight' .* not finite"):
+        weights.load_gguf(path)
+
+
+def test_a_damaged_scale_is_refused_without_a_warning(tmp_path):
+    tensors, name = tiny_tensors(TINY), "blk.0.ffn_up.weight"
+    tensors[name] = np.full(gguf.quant_shape_to_byte_shape((64, 32), gguf.GGMLQuantizationType.Q8_0), 0x7C, np.uint8)
+    tensors[name][0] = 0
+    tensors[name][0, 1] = 0x7C  # the float16 scale is infinite, the numbers it scales are 0
+    path = write_tiny(tmp_path / "m.gguf", tensors, TINY, kinds={name: gguf.GGMLQuantizationType.Q8_0})
+    with pytest.raises(ValueError, match="not finite"):
         weights.load_gguf(path)
 
 

@@ -1,0 +1,19 @@
+"""P-GRPO trains SmolLM2-135M on the conflicting tastes of MovieLens users, on a CPU.
+
+    ./launch/local.sh                                                     (sets up, fetches model and data, runs this, reports)
+    python launch/train.py --config=configs/movielens.py --workdir=runs/movielens
+    python launch/train.py --config=configs/movielens.py --workdir=runs/grpo --config.preset=grpo        (the control)
+"""
+
+from configs import base
+
+
+def get_config():
+    """Returns the configuration."""
+    config = base.get_config()
+    config.num_steps = 20
+    config.generation.prompt_buckets = (136,)
+    config.algorithm.kl_coefficient = 0.0  # 20 small steps do not leave the reference; no reference pass, no second copy
+    config.optimiser.learning_rate = 3e-5
+    config.checkpoint.save_every = 10
+    return config
