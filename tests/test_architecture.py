@@ -20,23 +20,24 @@ FLOORS = (
     {"controller", "checkpoints", "update"},
     {"actor", "learner"},
     {"engines"},
-    {"train", "evaluate", "report", "metrics", "settings", "run_directory", "console"},
+    {"train", "evaluate", "assembly", "settings", "metrics", "run_directory", "console"}
+    | {"report", "report_sections", "report_page", "charts"},
 )
 # importer -> what it may import on its own floor
 SAME_FLOOR = {
     "algorithms": {"structs"},
     "generation": {"models"},
-    "train": {"settings", "evaluate", "metrics", "run_directory", "console"},
-    "evaluate": {"settings", "metrics", "run_directory", "console"},
-    "report": {"metrics", "run_directory"},
-    "run_directory": {"metrics"},
+    "train": {"assembly", "settings", "evaluate", "run_directory", "console"},
+    "assembly": {"settings"},
     "console": {"metrics"},
+    "report": {"report_sections", "report_page", "run_directory"},
+    "report_sections": {"report_page", "charts", "metrics"},
 }
 ANYWHERE = {"jax", "numpy", "chex", "etils", "absl", "pgrpo_jax"}
 FLOOR_0_LIBRARIES = {"jax", "numpy", "chex", "pgrpo_jax", "dataclasses", "typing", "math", "functools"}
 OWNERS = {
     "orbax": {"checkpoints"},
-    "optax": {"learner", "update"},
+    "optax": {"update"},
     "flax": {"models"},
     "gguf": {"models"},
     "tokenizers": {"models"},
@@ -46,9 +47,9 @@ OWNERS = {
     "sklearn": {"tasks"},
     "threadpoolctl": {"tasks"},
     "ml_collections": {"train", "evaluate", "settings"},
-    "rich": {"metrics", "console", "run_directory"},
-    "tensorboardX": {"metrics", "console", "run_directory"},
-    "matplotlib": {"report"},
+    "rich": {"console"},
+    "tensorboardX": {"run_directory"},
+    "matplotlib": {"charts"},
 }
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 300, 40
 

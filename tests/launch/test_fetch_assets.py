@@ -44,13 +44,16 @@ class Fetch:
     def __init__(self, tmp_path: pathlib.Path):
         self.links, self.dest = tmp_path / "links", tmp_path / "assets"
         make_wheel(self.links, CONTENT)
+        self.temporary = tmp_path / "tmp"
+        self.temporary.mkdir()
         self.target = self.dest / "tiny" / "data.txt"
         self.requirement, self.size, self.content = "tiny-asset==1.0", len(CONTENT), CONTENT
         self.index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.links)}
 
     def start(self, **options) -> subprocess.Popen:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
-        environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1", "PYTHONPATH": str(ROOT), "NO_PROXY": "*"} | self.index
+        environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1", "PYTHONPATH": str(ROOT), "NO_PROXY": "*"}
+        environment |= {"TMPDIR": str(self.temporary)} | self.index
         command = [sys.executable, "-c", PROGRAM, self.requirement, str(self.size), hashlib.sha256(self.content).hexdigest()]
         command.append(f"--dest={self.dest}")
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -98,10 +101,14 @@ def test_a_damaged_file_is_fetched_again_with_one_line(fetch, damage):
     assert fetch.target.read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("member", [CONTENT[:-1] + b"!", CONTENT + b"!"], ids=["one byte flipped", "longer"])
-def test_a_wheel_with_another_content_is_refused(fetch, member):
+@pytest.mark.parametrize(
+    "member, line",
+    [(CONTENT[:-1] + b"!", f"expected {hashlib.sha256(CONTENT).hexdigest()}"), (CONTENT + b"!", f"{len(CONTENT) + 1} bytes, expected")],
+    ids=["one byte flipped", "longer"],
+)
+def test_a_wheel_with_another_content_is_refused(fetch, member, line):
     make_wheel(fetch.links, member)
-    assert_one_line(fetch.run(), "tiny_asset/data.txt", "expected", "run again")
+    assert_one_line(fetch.run(), "tiny_asset/data.txt", line, "run again")
     assert fetch.files() == []
 
 
@@ -207,6 +214,7 @@ def test_stopped_in_the_middle_of_a_download(fetch, number):
                 os.killpg(process.pid, signal.SIGKILL)  # pip, too
             _, err = process.communicate(timeout=DEADLINE_SECS)
     assert err == ""
+    assert list(fetch.temporary.iterdir()) == []  # pip, too, wrote inside the destination only
     if number == signal.SIGTERM:
         assert process.returncode == 128 + signal.SIGTERM
         assert fetch.files() == []
