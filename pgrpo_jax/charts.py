@@ -63,7 +63,7 @@ def curves(lines: Sequence[Line], *, unit: str) -> str:
         figure = Figure(figsize=(4.4, 2.5))
         axes = figure.subplots()
         for line in lines:
-            _draw(axes, line)
+            draw_line(axes, line)
         axes.set_ylabel(unit)
         axes.set_xlabel("update")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -90,7 +90,7 @@ def panels(titled: Sequence[tuple[str, Sequence[Line]]], *, unit: str, reference
             axes.set_visible(False)
         for axes, (title, lines) in zip(grid.flat, titled):
             for line in lines:
-                _draw(axes, line)
+                draw_line(axes, line)
             if reference is not None:
                 axes.axhline(reference, **_REFERENCE)
             axes.set_title(title, loc="left")
@@ -121,7 +121,8 @@ def intervals(rows: Sequence[tuple[str, Sequence[Pair]]], *, unit: str, mark: fl
         axes.axvline(0.0, color="#5d6878", linewidth=1.1)
         if np.isfinite(mark):
             axes.axvline(mark, color="#5d6878", linewidth=1.1, linestyle=":")
-            axes.annotate(mark_label, (mark, 1.0), xycoords=("data", "axes fraction"), xytext=(4, 2), textcoords="offset points", color="#5d6878")
+            above = {"xycoords": ("data", "axes fraction"), "xytext": (4, 2), "textcoords": "offset points"}
+            axes.annotate(mark_label, (mark, 1.0), color="#5d6878", **above)
         for i, (_, pairs) in enumerate(rows):
             for j, pair in enumerate(pairs):
                 middle = i + ((j + 0.5) / len(pairs) - 0.5) * 0.72
@@ -138,17 +139,8 @@ def intervals(rows: Sequence[tuple[str, Sequence[Pair]]], *, unit: str, mark: fl
         return _address(figure)
 
 
-def _draw_estimate(axes: Axes, estimate: Estimate, y: float, colour: str, *, after: bool) -> None:
-    if not np.isfinite(estimate.mean):
-        return
-    if np.isfinite(estimate.low) and np.isfinite(estimate.high):
-        axes.plot([estimate.low, estimate.high], [y, y], color=colour, linewidth=2.2 if after else 1.2, alpha=1.0 if after else 0.55,
-                  solid_capstyle="round")
-    axes.plot([estimate.mean], [y], marker="o", markersize=6 if after else 5, color=colour,
-              markerfacecolor=colour if after else "white", linestyle="none")
-
-
-def _draw(axes: Axes, line: Line) -> None:
+def draw_line(axes: Axes, line: Line) -> None:
+    """Draws one curve: its points, or, from 50 of them on, the raw curve faintly and its centred running mean over a twentieth of it."""
     known = np.isfinite(line.values)
     steps, values = line.steps[known], line.values[known]
     if values.size < _SMOOTH_FROM:
@@ -158,6 +150,16 @@ def _draw(axes: Axes, line: Line) -> None:
     window = values.size // 20 | 1
     smooth = np.convolve(values, np.full(window, 1.0 / window), mode="valid")
     axes.plot(steps[window // 2:window // 2 + smooth.size], smooth, color=line.colour, linewidth=1.8)
+
+
+def _draw_estimate(axes: Axes, estimate: Estimate, y: float, colour: str, *, after: bool) -> None:
+    if not np.isfinite(estimate.mean):
+        return
+    if np.isfinite(estimate.low) and np.isfinite(estimate.high):
+        axes.plot([estimate.low, estimate.high], [y, y], color=colour, linewidth=2.2 if after else 1.2, alpha=1.0 if after else 0.55,
+                  solid_capstyle="round")
+    axes.plot([estimate.mean], [y], marker="o", markersize=6 if after else 5, color=colour,
+              markerfacecolor=colour if after else "white", linestyle="none")
 
 
 def _address(figure: Figure) -> str:

@@ -98,7 +98,7 @@ class Console:
 
     def _time_left(self, step: int) -> str:
         gaps = [later - earlier for earlier, later in zip(self._walls, self._walls[1:])]
-        return duration(statistics.median(gaps) * (self._num_steps - step)) if gaps else "?"
+        return metrics.duration(statistics.median(gaps) * (self._num_steps - step)) if gaps else "?"
 
     def _packed(self, fields: Sequence[str]) -> str:
         """Joins fields; on a terminal into lines that fit its width, continued lines indented; elsewhere into one line."""
@@ -134,7 +134,7 @@ class Console:
     def _evaluation_table(self, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> Table:
         title = "held-out evaluation, before -> after" if before and after else "held-out evaluation"
         table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-        table.add_column("preference", overflow="fold", max_width=14)
+        table.add_column("preference", overflow="fold")
         for name in ("n", "answered", "reward", "over random,\n95 % interval", "first\ncandidate"):
             table.add_column(name, justify="right", no_wrap=True)
         old = dict(metrics.evaluation_rows(before)) if before else {}
@@ -142,19 +142,11 @@ class Console:
         for label in new or old:
             first, last = old.get(label), new.get(label)
             shown = last or first
-            gain = _change(first, last, "advantage_over_random", signed=True)
-            cells = (_change(first, last, "answer_rate"), _change(first, last, "reward"),
-                     f"{gain}\n{metrics.interval(shown.get('advantage_over_random'))}".strip(), _change(first, last, "first_candidate_share"))
-            table.add_row(Text(self._safe(label)), str(shown.get("num_prompts", "")), *cells)
+            gain = shown.get("advantage_over_random")
+            over = f"{_change(first, last, 'advantage_over_random', signed=True)}\n{metrics.interval(gain)}".strip()
+            table.add_row(Text(self._safe(label)), str(shown.get("num_prompts", "")), _change(first, last, "answer_rate"),
+                          _change(first, last, "reward"), over, _change(first, last, "first_candidate_share"))
         return table
-
-
-def duration(secs: float) -> str:
-    """Returns seconds as "42s", "3m05s" or "2h07m"."""
-    secs = max(int(round(secs)), 0)
-    if secs < 60:
-        return f"{secs}s"
-    return f"{secs // 60}m{secs % 60:02d}s" if secs < 3600 else f"{secs // 3600}h{secs % 3600 // 60:02d}m"
 
 
 def _change(first: Mapping[str, Any] | None, last: Mapping[str, Any] | None, key: str, signed: bool = False) -> str:

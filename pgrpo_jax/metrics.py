@@ -41,6 +41,9 @@ METRICS = (
     Metric("advantage_bias", "deviations", "-1 to 1; 0 under GRPO", "bias-correction term of Corollary 3.1, mean over prompts"),
     Metric("advantage_mean", "deviations", "0 under GRPO; positive while reward rises under P-GRPO", "mean advantage of the completions"),
     Metric("advantage_std", "deviations", "0.3 to 2", "deviation of the advantages"),
+    Metric("ratio", "ratio", "1 on-policy; 0.9 to 1.1 otherwise", "pi / pi_old of the sampled tokens, mean over tokens"),
+    Metric("old_kl", "nats/token", "0 on-policy; below 0.05 otherwise",
+           "k3 estimate of KL(old policy, policy): how far the policy moved off its data"),
     Metric("kl", "nats/token", "0 to 0.1; above 1 the policy has left the reference", "k3 estimate of KL(policy, reference)"),
     Metric("clip_fraction", "share", "0 on-policy; below 0.3 otherwise", "tokens whose gradient the clipped ratio removes"),
     Metric("entropy", "nats/token", "falls slowly; near 0 it has collapsed", "entropy of the policy on sampled tokens"),
@@ -101,6 +104,14 @@ def interval(value: Mapping[str, Any] | None, signed: bool = True) -> str:
     if low is None or high is None:
         return ""
     return f"[{number(low, signed=signed)}, {number(high, signed=signed)}]"
+
+
+def duration(secs: float) -> str:
+    """Returns seconds as "42s", "3m05s" or "2h07m"."""
+    secs = max(int(round(secs)), 0)
+    if secs < 60:
+        return f"{secs}s"
+    return f"{secs // 60}m{secs % 60:02d}s" if secs < 3600 else f"{secs // 3600}h{secs % 3600 // 60:02d}m"
 
 
 def preference_groups(record: Mapping[str, Any]) -> list[str]:
@@ -173,7 +184,8 @@ def verdict(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -
     gain, old = after.get("advantage_over_random") or {}, before.get("advantage_over_random") or {}
     low, high, mean = (finite(gain.get(key)) for key in ("low", "high", "mean"))
     if low is None or high is None or mean is None:
-        return "nothing can be said: no held-out prompt was answered" if after else "nothing can be said: not evaluated yet"
+        known = "fewer than 2 held-out prompts were answered" if after else "not evaluated after training"
+        return f"nothing can be said: {known}"
     evidence = f"an answer earns {number(mean, signed=True)} {interval(gain)} over a random choice"
     if low > 0.0:
         old_low, old_high = finite(old.get("low")), finite(old.get("high"))
@@ -185,5 +197,5 @@ def verdict(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -
     rate, old_rate = finite(after.get("answer_rate")), finite(before.get("answer_rate"))
     rose = rate is not None and old_rate is not None and rate - old_rate >= FORMAT_LEARNED_RISE
     learned = rose or (rate is not None and rate >= FORMAT_LEARNED_RATE)
-    rates = f"answer rate {number(old_rate, digits=2)} -> {number(rate, digits=2)}"
+    rates = f"answer rate {number(old_rate, digits=2)} to {number(rate, digits=2)}"
     return f"{'format learned' if learned else 'format not learned'}, preference not resolved ({rates}; {evidence})"

@@ -21,20 +21,26 @@ h2 { font-size: 20px; margin: 44px 0 4px; letter-spacing: -.005em; }
 h3 { font-size: 15px; margin: 0 0 2px; }
 p { margin: 0 0 10px; } .soft { color: var(--soft); } .small { font-size: 13px; }
 .grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); margin-top: 14px; }
+.grid.wide { grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); }
 .card { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px; overflow-x: auto; margin-top: 14px; }
 .grid > .card { margin-top: 0; }
 .card img { display: block; width: 100%; height: auto; margin-top: 6px; }
 .dot { display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin-right: 7px; }
-.pill { display: inline-block; font-size: 12px; font-weight: 600; padding: 1px 9px; border-radius: 99px; background: #e7f5ee; color: #17704a; }
+.pill { display: inline-block; font-size: 12px; font-weight: 600; padding: 1px 9px; border-radius: 99px; }
+.pill { background: #e7f5ee; color: #17704a; }
 .pill.open { background: #fdf1dd; color: #8a5a00; }
+.key { display: inline-block; margin-right: 18px; white-space: nowrap; }
+.bar { display: flex; height: 16px; border-radius: 5px; overflow: hidden; margin: 2px 0 10px; } .bar i { display: block; }
 .verdict { font-weight: 600; margin: 8px 0 12px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 16px; margin: 0; }
 dt { color: var(--soft); } dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: 8px; }
-th { font-size: 12.5px; font-weight: 600; color: var(--soft); text-align: left; vertical-align: bottom; border-bottom: 1.5px solid #cfd6e0; }
+th { font-size: 12.5px; font-weight: 600; color: var(--soft); text-align: left; vertical-align: bottom; }
+th { border-bottom: 1.5px solid #cfd6e0; }
 td { vertical-align: top; border-bottom: 1px solid var(--line); } tr:last-child td { border-bottom: 0; }
-th, td { padding: 6px 12px 6px 0; } th.n, td.n { text-align: right; white-space: nowrap; }
+th, td { padding: 6px 14px 6px 0; } th:last-child, td:last-child { padding-right: 0; }
+th.n, td.n { text-align: right; white-space: nowrap; }
 tr.strong td { font-weight: 600; }
 .said { white-space: pre-wrap; overflow-wrap: anywhere; }
 code { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
@@ -88,6 +94,12 @@ def image(data_uri: str, alternative: str) -> Markup:
     return Markup(f'<img src="{text(data_uri)}" alt="{text(alternative)}">')
 
 
+def bar(parts: Sequence[tuple[float, str]]) -> Markup:
+    """Returns one bar cut into (share, CSS colour) parts."""
+    cut = [f'<i style="width:{100 * share:.2f}%;background:{text(colour)}"></i>' for share, colour in parts]
+    return Markup(f'<div class="bar">{"".join(cut)}</div>')
+
+
 def facts(pairs: Sequence[tuple[str, object]]) -> Markup:
     """Returns names and values in two columns."""
     return tag("dl", *(joined([tag("dt", name), tag("dd", value)]) for name, value in pairs))
@@ -111,7 +123,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, numeric: S
         return [tag(name, cell, css="n" if i in numeric else "") for i, cell in enumerate(row)]
 
     body = [tag("tr", *cells("td", row), css="strong" if i in strong else "") for i, row in enumerate(rows)]
-    return tag("table", tag("caption", caption) if caption else Markup(), tag("thead", tag("tr", *cells("th", header))), tag("tbody", *body))
+    head = tag("thead", tag("tr", *cells("th", header)))
+    return tag("table", tag("caption", caption) if caption else Markup(), head, tag("tbody", *body))
 
 
 def page(title: str, lead: object, sections: Sequence[tuple[str, object, object]]) -> str:
