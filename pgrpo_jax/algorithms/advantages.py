@@ -107,7 +107,7 @@ def corollary(
 ) -> tuple[chex.Array, chex.Array]:
     """Corollary 3.1 (arXiv:2603.10009): what turns GRPO's advantage into P-GRPO's, Ã = scale·A + bias.
 
-    The paper has scale = σ_G/σ_p and bias = (μ_G − μ_p)/σ_p at ε = 0. Here both deviations are the divisors as used, ε and
+    At ε = 0, scale = σ_G/σ_p and bias = (μ_G − μ_p)/σ_p. Here both deviations are the divisors as used, ε and
     floor included, so that the identity is exact at any ε. Where a divisor is 0 the term is 0.
 
     Args:

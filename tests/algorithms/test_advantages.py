@@ -19,6 +19,7 @@ ROWS, PROMPTS, PREFERENCE_GROUPS = 24, 5, 3
 EXACT = {"epsilon": 0.0, "std_floor": 0.0, "min_count": 1}
 
 cohort = jax.jit(advantages.cohort, static_argnames=("num_prompts", "epsilon"))
+corollary = jax.jit(advantages.corollary, static_argnames=("epsilon", "std_floor"))
 p_grpo = jax.jit(advantages.p_grpo, static_argnames=("num_prompts", "epsilon", "std_floor", "min_count"))
 grpo = jax.jit(advantages.grpo, static_argnames=("num_prompts", "epsilon", "std_floor", "min_count"))
 batch_moments = jax.jit(reward_history.batch_moments, static_argnums=3)
@@ -29,29 +30,36 @@ def ids(*values) -> np.ndarray:
 
 
 def history_of(past: list[list[float]], dtype=np.float32) -> RewardHistory:
-    rewards = np.array([reward for values in past for reward in values], dtype)
-    owners = np.repeat(np.arange(len(past), dtype=np.int32), [len(values) for values in past])
-    return batch_moments(rewards, owners, np.ones(len(rewards), bool), len(past))
+    rewards, owners, mask = np.zeros(80, dtype), np.zeros(80, np.int32), np.arange(80) < sum(map(len, past))
+    rewards[mask] = [reward for values in past for reward in values]
+    owners[mask] = np.repeat(np.arange(len(past)), [len(values) for values in past])
+    return batch_moments(rewards, owners, mask, len(past))
 
 
 def test_the_example_of_the_documentation():
     """docs/algorithm.md, "By hand": every number below stands there."""
     rewards, prompt_index, preference_ids = np.float32([0.2, 0.6, 0.8, 0.8, 1.0, 0.0]), ids(0, 0, 1, 1, 2, 2), ids(0, 0, 0, 0, 1, 1)
     history = history_of([[0.1, 0.3, 0.3, 0.5], [0.5]])
-    advantage, merged, diagnostics = advantages.p_grpo(
+    advantage, merged, diagnostics = p_grpo(
         rewards, prompt_index, preference_ids, np.ones(6, bool), history, num_prompts=3, epsilon=0.0, std_floor=1e-3, min_count=4
     )
     root = np.sqrt(2)
     np.testing.assert_allclose(history.mean, [0.3, 0.5], rtol=1e-6)
     np.testing.assert_allclose(reward_history.std(history), [0.1 * root, 0.0], rtol=1e-6)
     np.testing.assert_allclose(advantage, [-root / 2, 3 * root / 2, 5 * root / 2, 5 * root / 2, 1.0, -1.0], rtol=1e-5)
-    own = advantages.cohort(rewards, prompt_index, np.ones(6, bool), num_prompts=3, epsilon=0.0)
+    own = cohort(rewards, prompt_index, np.ones(6, bool), num_prompts=3, epsilon=0.0)
     np.testing.assert_allclose(own, [-1, 1, 0, 0, 1, -1], rtol=1e-6)
     np.testing.assert_allclose(diagnostics.advantage_scale, [root / 2, 0.0], rtol=1e-5)
     np.testing.assert_allclose(diagnostics.bias, [1.5 * root, 0.0], rtol=1e-5)
+    prompts = batch_moments(rewards, prompt_index, np.ones(6, bool), 3)
+    np.testing.assert_allclose(prompts.mean, [0.4, 0.8, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(reward_history.std(prompts), [0.2, 0.0, 0.5], rtol=1e-6)
+    scale, bias = corollary(prompt_index, preference_ids, np.ones(6, bool), prompts, history, epsilon=0.0, std_floor=1e-3)
+    np.testing.assert_allclose(scale[:4], [root, root, 0, 0], rtol=1e-5)
+    np.testing.assert_allclose(bias[:4], [root / 2, root / 2, 5 * root / 2, 5 * root / 2], rtol=1e-5)
     np.testing.assert_array_equal(merged.count, [8, 3])
     np.testing.assert_allclose(merged.mean, [0.45, 0.5], rtol=1e-6)
-    np.testing.assert_allclose(reward_history.std(merged), [np.sqrt(0.0575), np.sqrt(1 / 6)], rtol=1e-6)
+    np.testing.assert_allclose(reward_history.std(merged), [0.25, np.sqrt(1 / 6)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -67,7 +75,7 @@ def test_corollary_holds_for_every_completion(seed):
             advantage, _, diagnostics = p_grpo(
                 case.rewards, *arguments, history, num_prompts=case.num_prompts, epsilon=epsilon, std_floor=floor, min_count=2
             )
-            scale, bias = advantages.corollary(*arguments, prompts, history, epsilon=epsilon, std_floor=floor)
+            scale, bias = corollary(*arguments, prompts, history, epsilon=epsilon, std_floor=floor)
             np.testing.assert_allclose(advantage[warm], (scale * own + bias)[warm], rtol=1e-10, atol=1e-10)
             members = case.mask & (case.preference_ids == 0)
             np.testing.assert_allclose(diagnostics.advantage_scale[0], np.mean(scale[members]), rtol=1e-10)
