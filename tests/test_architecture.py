@@ -28,6 +28,7 @@ SAME_FLOOR = {
     "algorithms": {"structs"},
     "generation": {"models"},
     "train": {"assembly", "settings", "evaluate", "run_directory", "console"},
+    "evaluate": {"assembly", "settings", "run_directory", "console"},
     "assembly": {"settings"},
     "console": {"metrics"},
     "report": {"report_sections", "report_page", "run_directory"},

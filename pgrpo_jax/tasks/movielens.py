@@ -5,6 +5,7 @@ one star is still better than no answer.
 """
 
 import dataclasses
+import json
 import pathlib
 from typing import Any, Mapping, Sequence
 
@@ -92,15 +93,15 @@ class MovieLens:
         popular = [prompt.facts["ratings"][prompt.facts["popular"]] / MAX_STARS for prompt in prompts]
         return {"random": np.array(random, np.float64), "popular": np.array(popular, np.float64)}
 
-    def _prompt(self, record: Mapping[str, Any]) -> Prompt:
-        plain = {name: _plain(value) for name, value in record.items()}
-        preference_id = plain.pop("preference_id")
+    def _prompt(self, record: Mapping[str, bytes]) -> Prompt:
+        facts = json.loads(record["prompt"])
+        preference_id = facts.pop("preference_id")
         if not 0 <= preference_id < self.num_preference_groups:
             raise ValueError(
-                f"prompt {plain['prompt_id']}: preference id {preference_id} is outside [0, {self.num_preference_groups}): "
+                f"prompt {facts['prompt_id']}: preference id {preference_id} is outside [0, {self.num_preference_groups}): "
                 "delete the built data set beside task.data_dir so that it is built again"
             )
-        return Prompt(prompt_id=plain.pop("prompt_id"), text=plain.pop("text"), preference_id=preference_id, facts=plain)
+        return Prompt(prompt_id=facts.pop("prompt_id"), text=facts.pop("text"), preference_id=preference_id, facts=facts)
 
 
 def load(data_dir: str, *, seed: int, num_preference_groups: int) -> MovieLens:
@@ -135,12 +136,3 @@ def load(data_dir: str, *, seed: int, num_preference_groups: int) -> MovieLens:
         split_sizes={"train": len(train), "test": len(test)},
         streams={"train": train.seed(seed).shuffle().repeat(), "test": test.repeat()},
     )
-
-
-def _plain(value: Any) -> Any:
-    """Text instead of bytes, Python numbers and lists instead of NumPy's: what JSON can hold."""
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, (np.ndarray, list, tuple)):
-        return [_plain(item) for item in value]
-    return int(value)

@@ -1,17 +1,19 @@
 """The TFDS data set of MovieLens prompts: built once for each (source files, code, seed, K), read by random access.
 
-No TensorFlow is needed: the records are array_record files, read through `as_data_source`.
+No TensorFlow is needed: the records are array_record files, read through `as_data_source`. A record is one text, the prompt as
+JSON: records of several features are maps to protobuf, which writes a map in another order in each process, and two builds would
+differ in their bytes.
 """
 
 import contextlib
 import hashlib
 import io
+import json
 import pathlib
 import tempfile
 from typing import Any, Iterator
 
 from etils import epath
-import numpy as np
 import tensorflow_datasets as tfds
 
 from pgrpo_jax.tasks import movielens_prompts
@@ -44,25 +46,11 @@ class MovieLensPrompts(tfds.core.GeneratorBasedBuilder):
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text()
         return tfds.core.DatasetInfo(
             builder=self,
             description="Prompts over MovieLens-100k: films a user liked, and films he rated to choose from.",
             homepage="https://grouplens.org/datasets/movielens/100k/",
-            features=tfds.features.FeaturesDict(
-                {
-                    "prompt_id": text,
-                    "user": text,
-                    "preference_id": np.int32,
-                    "text": text,
-                    "liked": tfds.features.Sequence(text),
-                    "candidates": tfds.features.Sequence(text),
-                    "names": tfds.features.Sequence(text),
-                    "decoys": tfds.features.Sequence(text),
-                    "ratings": tfds.features.Sequence(np.int32),
-                    "popular": np.int32,
-                }
-            ),
+            features=tfds.features.FeaturesDict({"prompt": tfds.features.Text()}),
             metadata=tfds.core.MetadataDict(),
             disable_shuffling=True,
         )
@@ -71,7 +59,7 @@ class MovieLensPrompts(tfds.core.GeneratorBasedBuilder):
         del dl_manager  # the files are already here: launch/local.sh checks and unpacks them
         tables = movielens_tables.read(self._source_dir)
         preparation = movielens_prompts.prepare(tables, seed=self._seed, num_preference_groups=self._num_preference_groups)
-        self.info.metadata["preference_group_names"] = list(preparation.groups.names)
+        self.info.metadata["preference_group_names"] = list(preparation.clustering.names)
         return {split: self._generate_examples(tables, preparation, split) for split in SPLITS}
 
     def _generate_examples(
@@ -83,7 +71,8 @@ class MovieLensPrompts(tfds.core.GeneratorBasedBuilder):
                 f"split {split!r} holds 0 prompts from {len(tables.users)} users and {len(tables.rating)} ratings, at least 1 is needed: "
                 "give more ratings for each user"
             )
-        yield from enumerate(records)
+        for number, record in enumerate(records):
+            yield number, {"prompt": json.dumps(record, ensure_ascii=False, sort_keys=True)}
 
 
 def prepared_dir(source_dir: str, *, cache_dir: str, seed: int, num_preference_groups: int) -> str:
@@ -129,6 +118,6 @@ def _fingerprint(source_dir: str) -> str:
     digest = hashlib.sha256()
     for path in movielens_tables.source_files(source_dir).values():
         digest.update(path.read_bytes())
-    for module in _DECIDING_MODULES:
-        digest.update(pathlib.Path(module.__file__).read_bytes())
+    for code in (__file__, *(module.__file__ for module in _DECIDING_MODULES)):
+        digest.update(pathlib.Path(code).read_bytes())
     return digest.hexdigest()[:12]

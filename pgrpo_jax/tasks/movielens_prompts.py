@@ -58,13 +58,13 @@ class Preparation:
     Attributes:
         is_train: [U] bool.
         in_history: [R] bool, True where a rating is in its user's history part, False where it is in the candidate pool.
-        groups: the preference groups of all users.
+        clustering: the preference groups of all users.
         films: statistics of all films.
     """
 
     is_train: np.ndarray
     in_history: np.ndarray
-    groups: preference_groups.PreferenceGroups
+    clustering: preference_groups.PreferenceGroups
     films: FilmStatistics
 
 
@@ -102,11 +102,11 @@ def prepare(tables: Tables, *, seed: int, num_preference_groups: int) -> Prepara
         film_genres=np.array([[genre in film.genres for genre in genres] for film in tables.films]).reshape(len(tables.films), -1),
         num_users=num_users,
     )
-    groups = preference_groups.find_preference_groups(
+    clustering = preference_groups.find_preference_groups(
         features, is_train=is_train, genres=genres, num_preference_groups=num_preference_groups, seed=seed
     )
-    disagreement = _disagreement(tables, known, groups.ids, mean, num_preference_groups)
-    return Preparation(is_train, in_history, groups, FilmStatistics(count, mean, disagreement))
+    disagreement = _disagreement(tables, known, clustering.ids, mean, num_preference_groups)
+    return Preparation(is_train, in_history, clustering, FilmStatistics(count, mean, disagreement))
 
 
 def write_prompts(tables: Tables, preparation: Preparation, *, seed: int, split: str) -> Iterator[dict[str, Any]]:
@@ -140,7 +140,7 @@ def write_prompts(tables: Tables, preparation: Preparation, *, seed: int, split:
             yield _record(tables.films, shown, candidates, stars, preparation.films.mean, longer_names) | {
                 "prompt_id": f"{split}-{user_id}-{number}",
                 "user": user_id,
-                "preference_id": int(preparation.groups.ids[index]),
+                "preference_id": int(preparation.clustering.ids[index]),
             }
 
 
@@ -198,12 +198,12 @@ def _disputed_first(films: Sequence[int], disagreement: np.ndarray, stream: np.r
 def _choose_liked(
     liked: Sequence[int], candidates: Sequence[int], films: Sequence[Film], disagreement: np.ndarray, stream: np.random.Generator
 ) -> list[int]:
-    """Chooses the liked films to show, disputed ones first, none whose title could be taken for a candidate's."""
-    shown: list[int] = []
+    """Chooses the liked films to show, disputed ones first; no title twice, none that could be taken for a candidate's."""
+    shown: dict[str, int] = {}
     for film in _disputed_first(liked, disagreement, stream):
-        if len(shown) < MAX_LIKED and not any(_alike(films[film], films[other]) for other in candidates):
-            shown.append(film)
-    return shown
+        if not any(_alike(films[film], films[other]) for other in candidates):
+            shown.setdefault(films[film].title, film)
+    return list(shown.values())[:MAX_LIKED]
 
 
 def _is_askable(candidates: Sequence[int], stars: dict[int, int], films: Sequence[Film]) -> bool:

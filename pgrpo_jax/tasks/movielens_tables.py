@@ -11,6 +11,7 @@ from pgrpo_jax.tasks import title_matching
 FILES = ("ml-100k.inter", "ml-100k.item", "ml-100k.user")
 # The data set holds one nameless entry, spelt both ways in different copies.
 _NAMELESS = frozenset({"unknown", "unkonwn"})
+_AGAIN = ": fetch the file again with ./launch/local.sh"
 
 
 class Film(NamedTuple):
@@ -87,18 +88,16 @@ def _rows(path: epath.Path, columns: tuple[str, ...]) -> Iterator[tuple[str, tup
     try:
         lines = path.read_text().splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8: fetch the file again with ./launch/local.sh") from error
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8{_AGAIN}") from error
     header = [field.split(":")[0] for field in lines[0].split("\t")] if lines else []
     missing = [name for name in columns if name not in header]
     if missing:
-        raise ValueError(f"{path}, line 1: no column {missing[0]!r} among {header}: fetch the file again with ./launch/local.sh")
+        raise ValueError(f"{path}, line 1: no column {missing[0]!r} among {header}{_AGAIN}")
     positions = [header.index(name) for name in columns]
     for number, line in enumerate(lines[1:], start=2):
         fields = line.split("\t")
         if len(fields) != len(header):
-            raise ValueError(
-                f"{path}, line {number}: {len(fields)} fields where the header has {len(header)}: fetch the file again with ./launch/local.sh"
-            )
+            raise ValueError(f"{path}, line {number}: {len(fields)} fields, not the {len(header)} of the header{_AGAIN}")
         yield f"{path}, line {number}", tuple(fields[position] for position in positions)
 
 

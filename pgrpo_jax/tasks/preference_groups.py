@@ -12,6 +12,7 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 TASTE_SHRINKAGE = 5.0  # ratings' worth of "no opinion" added to each genre
+MARKED_TASTE = 0.05  # stars; a description passes over smaller departures
 _NUM_RESTARTS = 10
 
 
@@ -109,11 +110,11 @@ def describe(centroid: np.ndarray, genres: tuple[str, ...]) -> str:
         genres: J names.
 
     Returns:
-        A short text; "no marked taste" where no genre strays from 0.
+        A short text; "no marked taste" where every genre stays near 0.
     """
     order = np.argsort(-centroid, kind="stable")
-    liked = [f"+{genres[j]}" for j in order[:2] if centroid[j] > 0]
-    disliked = [f"-{genres[j]}" for j in order[::-1][:2] if centroid[j] < 0]
+    liked = [f"+{genres[j]}" for j in order[:2] if centroid[j] > MARKED_TASTE]
+    disliked = [f"-{genres[j]}" for j in order[::-1][:2] if centroid[j] < -MARKED_TASTE]
     return " ".join(liked + disliked) or "no marked taste"
 
 

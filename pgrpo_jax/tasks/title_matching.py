@@ -57,10 +57,9 @@ def names_of(raw: str) -> tuple[str, ...]:
         name: it would be found by luck.
     """
     without_year = _YEAR.sub("", raw)
-    alternatives = [_article_first(text.strip()) for text in _ALTERNATIVE.findall(without_year)]
-    names = list(_names(shown_title(raw)))
-    for title in alternatives:
-        names += [name for name in _names(title) if " " in name or len(name) >= MIN_SINGLE_WORD_LETTERS]
+    names = _names(_ALTERNATIVE.sub("", without_year).strip())
+    for title in _ALTERNATIVE.findall(without_year):
+        names += [name for name in _names(title.strip()) if " " in name or len(name) >= MIN_SINGLE_WORD_LETTERS]
     return tuple(dict.fromkeys(name for name in names if name))
 
 
@@ -119,8 +118,11 @@ def _article_first(title: str) -> str:
     return article + ("" if article.endswith("'") else " ") + moved["rest"]
 
 
-def _names(title: str) -> tuple[str, ...]:
+def _names(title: str) -> list[str]:
     """The name without its article; where the article is glued on ("L'Enfer"), the glued form as well."""
-    moved_away = _FRONT_ARTICLE.sub("", title)
-    glued = title[:2].casefold() == "l'"
-    return tuple(" ".join(words_of(form)) for form in ((moved_away, title) if glued else (moved_away,)))
+    moved = _MOVED_ARTICLE.match(title)
+    whole = _article_first(title)
+    forms = [_FRONT_ARTICLE.sub("", title) if moved is None else moved["rest"]]
+    if whole[:2].casefold() == "l'":
+        forms.append(whole)
+    return [" ".join(words_of(form)) for form in forms]
