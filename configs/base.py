@@ -12,7 +12,7 @@ from ml_collections import config_dict
 
 
 class Key(NamedTuple):
-    """One configuration key: its default, "identity" or "free", and what it means."""
+    """One configuration key: its default (a type where it is unset), "identity" or "free", and what it means."""
 
     default: Any
     kind: str
@@ -20,10 +20,6 @@ class Key(NamedTuple):
 
 
 _ASSETS = pathlib.Path(__file__).resolve().parent.parent / ".assets"  # where launch/fetch_assets.py puts them
-
-
-def _none(kind: type) -> Any:
-    return config_dict.placeholder(kind)
 
 
 KEYS = {
@@ -54,14 +50,14 @@ KEYS = {
     # staleness (RLAX, arXiv:2512.06392): the version that generates step s is a fixed function of s
     "staleness.reload": Key(1, "identity", "j: actors load new weights every j versions"),
     "staleness.accept": Key(1, "identity", "k >= j: a rollout is trained on while 0 <= step - version < k"),
-    "staleness.lag": Key(_none(int), "identity", "versions that generation runs behind; unset = min(k - j, j)"),
+    "staleness.lag": Key(int, "identity", "versions that generation runs behind; unset = min(k - j, j)"),
     # the algorithm around the preset; unset = the preset's own value
-    "algorithm.clip_low": Key(_none(float), "identity", "epsilon below 1 of the probability ratio"),
-    "algorithm.clip_high": Key(_none(float), "identity", "epsilon above 1"),
-    "algorithm.kl_coefficient": Key(_none(float), "identity", "beta of the k3 KL to the reference; 0 loads no reference"),
+    "algorithm.clip_low": Key(float, "identity", "epsilon below 1 of the probability ratio"),
+    "algorithm.clip_high": Key(float, "identity", "epsilon above 1"),
+    "algorithm.kl_coefficient": Key(float, "identity", "beta of the k3 KL to the reference; 0 loads no reference"),
     "algorithm.epsilon": Key(1e-6, "identity", "added to every deviation that divides a reward"),
     "algorithm.std_floor": Key(1e-3, "identity", "smallest deviation of a preference history, reward units"),
-    "algorithm.min_count": Key(_none(int), "identity", "rewards a preference history needs before it is used; unset = 4 * completions_per_prompt"),
+    "algorithm.min_count": Key(int, "identity", "rewards a preference history needs before it is used; unset = 4 * completions_per_prompt"),
     # optimiser
     "optimiser.learning_rate": Key(1e-6, "identity", "peak step size of AdamW"),
     "optimiser.schedule": Key("constant", "identity", "after warm-up: constant | cosine | linear (to 0 at num_steps)"),
@@ -80,9 +76,9 @@ KEYS = {
     "learner.num_devices": Key(0, "free", "local devices the batch is split over; 0 = all; divides prompts_per_step / micro_batches"),
     "checkpoint.save_every": Key(5, "free", "updates"),
     "checkpoint.keep": Key(2, "free", "committed steps kept"),
-    "evaluation.num_prompts": Key(64, "identity", "held-out prompts, one for each test user"),
-    "evaluation.completions_per_prompt": Key(4, "identity", "answers sampled for each"),
-    "evaluation.prompts_per_work": Key(16, "identity", "prompts in one unit of evaluation; divides evaluation.num_prompts"),
+    "evaluation.num_prompts": Key(64, "free", "held-out prompts, one for each test user; at most as many as there are"),
+    "evaluation.completions_per_prompt": Key(4, "free", "answers sampled for each"),
+    "evaluation.prompts_per_work": Key(16, "free", "prompts in one unit of evaluation; divides evaluation.num_prompts"),
     "metrics.samples_every": Key(5, "free", "updates between two tables of samples"),
     "metrics.tensorboard": Key(True, "free", "write TensorBoard files"),
 }
@@ -96,7 +92,8 @@ def get_config() -> ml_collections.ConfigDict:
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = key.default
+        # Made anew each time: a placeholder is an object that configurations would share.
+        node[leaf] = config_dict.placeholder(key.default) if isinstance(key.default, type) else key.default
     return ml_collections.ConfigDict(tree).lock()
 
 

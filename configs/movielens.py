@@ -11,9 +11,10 @@ from configs import base
 def get_config():
     """Returns the configuration."""
     config = base.get_config()
-    config.num_steps = 20
+    config.num_steps = 14
     config.generation.prompt_buckets = (136,)
-    config.algorithm.kl_coefficient = 0.0  # 20 small steps do not leave the reference; no reference pass, no second copy
+    config.algorithm.kl_coefficient = 0.0  # a few small steps do not leave the reference; no reference pass, no second copy
     config.optimiser.learning_rate = 3e-5
-    config.checkpoint.save_every = 10
+    config.optimiser.schedule = "cosine"
+    config.checkpoint.save_every = 7
     return config

@@ -18,6 +18,8 @@ from pgrpo_jax.models import tokenizer as tokenizers
 from pgrpo_jax.models import transformer, weights
 from pgrpo_jax.tasks import TASKS, Task
 
+SPLITS = ("train", "test")
+
 
 @dataclasses.dataclass(frozen=True)
 class Base:
@@ -37,8 +39,42 @@ class Base:
 
 
 def load_task(config: Any) -> Task:
-    """Returns the task with its data prepared."""
-    return TASKS[config.task.name](config.task.data_dir, seed=config.seed, num_preference_groups=config.task.num_preference_groups)
+    """Returns the task with its data prepared and checked.
+
+    Raises:
+        ValueError: a split has no prompts, a prompt's preference id is outside [0, K), or there are fewer held-out prompts than wanted.
+        FileNotFoundError: the task's source files are missing.
+    """
+    task = TASKS[config.task.name](config.task.data_dir, seed=config.seed, num_preference_groups=config.task.num_preference_groups)
+    check_task(task, num_held_out=config.evaluation.num_prompts)
+    return task
+
+
+def check_task(task: Task, *, num_held_out: int) -> None:
+    """Refuses a task that would fail, or mislead, only once the devices are busy.
+
+    Args:
+        task: with its data prepared.
+        num_held_out: prompts wanted for evaluation.
+
+    Raises:
+        ValueError: as `load_task`.
+    """
+    known = task.num_preference_groups
+    for split in SPLITS:
+        if (count := task.num_prompts(split)) < 1:
+            raise ValueError(f"the {split} split has {count} prompts, at least 1 is needed: check the files in task.data_dir")
+        for prompt in task.prompts(split, 0, count):
+            if not 0 <= prompt.preference_id < known:
+                raise ValueError(
+                    f"prompt {prompt.prompt_id} has preference id {prompt.preference_id}, outside [0, {known}): "
+                    "fix the task or set task.num_preference_groups"
+                )
+    if num_held_out > task.num_prompts("test"):
+        raise ValueError(
+            f"evaluation.num_prompts = {num_held_out} is above the task's {task.num_prompts('test')} held-out prompts: "
+            "lower it, a prompt counted twice would narrow the intervals"
+        )
 
 
 def load_base(config: Any, task: Task) -> Base:
@@ -66,7 +102,7 @@ def load_base(config: Any, task: Task) -> Base:
 
 def _check_lengths(config: Any, task: Task, tokenizer: tokenizers.Tokenizer, context_length: int) -> None:
     buckets, answer = tuple(config.generation.prompt_buckets), config.generation.max_new_tokens
-    for split in ("train", "test"):
+    for split in SPLITS:
         prompts = task.prompts(split, 0, task.num_prompts(split))
         longest = max(len(tokenizer.render_chat(p.text)) for p in prompts)
         padded = bucket_length(longest, buckets)

@@ -10,6 +10,9 @@ from etils import epath
 
 from pgrpo_jax.structs import TrainState
 
+# What Orbax and TensorStore raise while they read damaged files (tests/test_checkpoints.py damages each in many ways).
+_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError)
+
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, corrupt, or belongs to another run; the message says which and what to do."""
@@ -20,10 +23,14 @@ def state_sha256(state: Any) -> str:
     digest = hashlib.sha256()
     leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
     for path, leaf in sorted(leaves, key=lambda item: item[0]):
-        array = np.ascontiguousarray(jax.device_get(leaf))
+        array = np.asarray(jax.device_get(leaf))
         digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _place(value: np.ndarray, like: jax.Array) -> jax.Array:
+    return jax.device_put(value, like.sharding)
 
 
 class Checkpoints:
@@ -36,11 +43,12 @@ class Checkpoints:
         directory: where the steps live; may be a bucket.
         identity: what decides the trajectory, flat and JSON-serialisable; a step of another identity is refused.
         keep: committed steps kept.
+        read_only: for readers beside a process that trains: nothing is made or tidied up, and nothing may be saved.
     """
 
-    def __init__(self, directory: epath.PathLike, *, identity: Mapping[str, Any], keep: int = 2):
+    def __init__(self, directory: epath.PathLike, *, identity: Mapping[str, Any], keep: int = 2, read_only: bool = False):
         self._directory, self._identity = epath.Path(directory), dict(identity)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, cleanup_tmp_directories=not read_only)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def latest_step(self) -> int | None:
@@ -60,9 +68,10 @@ class Checkpoints:
         """
         step = int(state.step)
         if step != self.latest_step():
-            record = {"identity": self._identity, "versions": sorted(versions), "state_sha256": state_sha256(state)}
-            items = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
-            items |= {f"weights_{v}": ocp.args.StandardSave(weights) for v, weights in versions.items()}
+            trees = {"state": state} | {f"weights_{v}": weights for v, weights in versions.items()}
+            digests = {name: state_sha256(tree) for name, tree in trees.items()}
+            record = {"identity": self._identity, "versions": sorted(versions), "sha256": digests}
+            items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()} | {"record": ocp.args.JsonSave(record)}
             if not self._manager.save(step, args=ocp.args.Composite(**items)):
                 raise CheckpointError(f"checkpoint of step {step} was refused in {self._directory}: newest step there is {self.latest_step()}")
         if wait:
@@ -83,21 +92,40 @@ class Checkpoints:
         step = self.latest_step()
         if step is None:
             raise CheckpointError(f"no committed checkpoint in {self._directory}: give the --workdir of a run that has saved one")
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
             record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
             self._check_identity(step, record["identity"])
-            items = {"state": ocp.args.StandardRestore(abstract)}
-            items |= {f"weights_{v}": ocp.args.StandardRestore(abstract.trainable) for v in record["versions"]}
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            wanted = {"state": like} | {f"weights_{v}": like.trainable for v in record["versions"]}
+            found = {name: self._read(step, name, tree) for name, tree in wanted.items()}
+            damaged = [name for name in wanted if state_sha256(found[name]) != record["sha256"][name]]
         except CheckpointError:
             raise
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise CheckpointError(self._corrupt(step, str(error).splitlines()[0][:300])) from error
-        state = restored["state"]
-        if (found := state_sha256(state)) != record["state_sha256"]:
-            raise CheckpointError(self._corrupt(step, f"digest {found} differs from {record['state_sha256']} written with it"))
-        return state, {v: restored[f"weights_{v}"] for v in record["versions"]}
+        except _DAMAGED as error:
+            raise CheckpointError(self._corrupt(step, " ".join(f"{type(error).__name__}: {error}".split())[:300])) from error
+        if damaged:
+            raise CheckpointError(self._corrupt(step, f"{', '.join(damaged)}: not what was saved, by its digest"))
+        placed = {name: jax.tree.map(_place, found[name], tree) for name, tree in wanted.items()}
+        return placed["state"], {v: placed[f"weights_{v}"] for v in record["versions"]}
+
+    def _read(self, step: int, name: str, like: Any) -> Any:
+        """Reads one tree of a step to the host, so that nothing unverified reaches a device.
+
+        One leaf at a time: where many are read at once and one fails, Orbax closes its event loop under the others, and each of
+        them writes a traceback to stderr.
+        """
+        paths, tree = jax.tree_util.tree_flatten_with_path(like)
+        numpy = tree.unflatten([ocp.RestoreArgs(restore_type=np.ndarray)] * len(paths))
+        leaves = []
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            for i, (path, leaf) in enumerate(paths):
+                item = tree.unflatten([np.empty(leaf.shape, leaf.dtype) if j == i else ocp.PLACEHOLDER for j in range(len(paths))])
+                restored = reader.restore(self._directory / str(step) / name, args=ocp.args.PyTreeRestore(item=item, restore_args=numpy))
+                value = jax.tree.leaves(restored)[i]
+                if (value.shape, value.dtype) != (leaf.shape, leaf.dtype):
+                    key = jax.tree_util.keystr(path)
+                    raise ValueError(f"{name}{key} is {value.dtype}{list(value.shape)}, not {leaf.dtype}{list(leaf.shape)}")
+                leaves.append(value)
+        return tree.unflatten(leaves)
 
     def _corrupt(self, step: int, reason: str) -> str:
         return f"checkpoint {self._directory / str(step)} is corrupt ({reason}): delete that directory to go on from the step before it"

@@ -95,9 +95,10 @@ class Controller:
         return work
 
     def on(self, event: Event) -> None:
-        """Takes note of an event; a duplicate or a rollout of a future that was lost is counted and ignored."""
+        """Takes note of an event; one about work that is not under way (a duplicate, a lost future) changes nothing."""
         if isinstance(event, Lost):
-            if self._issued.pop(event.work.index, None) is not None:
+            if self._issued.get(event.work.index) == event.work:
+                del self._issued[event.work.index]
                 self.reissued += 1
         elif isinstance(event, Finished):
             work = event.rollouts.work

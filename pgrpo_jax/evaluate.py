@@ -1,15 +1,95 @@
 """Evaluation: held-out answers, what they earn per preference group, and what was learned beyond the format."""
 
-from typing import Any, Mapping, Sequence
+from typing import Any, Sequence
 
+import jax
 import numpy as np
+from etils import epath
 
+from pgrpo_jax import assembly, settings
 from pgrpo_jax.actor import Actor
-from pgrpo_jax.preemption import Stop
+from pgrpo_jax.checkpoints import Checkpoints
+from pgrpo_jax.console import Console
+from pgrpo_jax.preemption import EXIT_PREEMPTED, Preempted, Stop
+from pgrpo_jax.run_directory import RunDirectory
 from pgrpo_jax.structs import Rollouts, Work
 from pgrpo_jax.tasks import Task
 
 _RESAMPLES = 2000
+
+
+def evaluate_run(config: Any, *, identity: dict[str, Any], workdir: epath.PathLike, stop: Stop) -> int:
+    """Evaluates the newest committed checkpoint of a run and shows the result; of the run's records only this evaluation is touched.
+
+    Args:
+        config: every key of configs/base.py; `evaluation` may differ from the run's.
+        identity: its identity keys, flat.
+        workdir: the run directory, of a run that may still be training.
+        stop: set by SIGTERM or SIGINT.
+
+    Returns:
+        The exit status: 0, or 75 when stopped before the end.
+
+    Raises:
+        ValueError: the configuration, the data, the model or the checkpoint can not be used.
+        FileNotFoundError: there is no committed checkpoint.
+    """
+    settings.check(config, num_devices=jax.local_device_count())
+    directory = RunDirectory(workdir)
+    saved = directory.path / "checkpoints"
+    missing = f"no committed checkpoint in {saved}: give the --workdir of a run that has saved one"
+    if not saved.exists():
+        raise FileNotFoundError(missing)
+    task = assembly.load_task(config)
+    base = assembly.load_base(config, task)
+    checkpoints = Checkpoints(saved, identity=assembly.run_identity(identity, base), keep=config.checkpoint.keep, read_only=True)
+    learner = assembly.make_learner(config, base, checkpoints)
+    try:
+        if not learner.restore():
+            raise FileNotFoundError(missing)
+        actor = assembly.make_evaluator(config, base, task)
+        record = evaluation(directory, actor, learner.state.trainable, step=learner.step, num_prompts=config.evaluation.num_prompts, stop=stop)
+    except Preempted:
+        return EXIT_PREEMPTED
+    finally:
+        checkpoints.close()
+    console = Console(config.num_steps, start_step=learner.step)
+    console.note(f"step {learner.step} of {directory.path}")
+    console.evaluation(recorded(directory, actor, step=0, num_prompts=config.evaluation.num_prompts), record)
+    return 0
+
+
+def evaluation(directory: RunDirectory, actor: Actor, weights: Any, *, step: int, num_prompts: int, stop: Stop) -> dict[str, Any]:
+    """Returns the evaluation after `step` updates, made and recorded now unless one with these settings is on record.
+
+    Args:
+        directory: the run's records.
+        actor: answers the prompts.
+        weights: of the policy after `step` updates.
+        step: updates the policy had.
+        num_prompts: held-out prompts.
+        stop: looked at between two units.
+
+    Raises:
+        Preempted: a stop was requested.
+    """
+    record = recorded(directory, actor, step=step, num_prompts=num_prompts)
+    if record is None:
+        rollouts = collect(actor, weights, version=step, num_prompts=num_prompts, stop=stop)
+        record = summarise(actor.task, rollouts, step=step)
+        directory.write_evaluation(record)
+    return record
+
+
+def recorded(directory: RunDirectory, actor: Actor, *, step: int, num_prompts: int) -> dict[str, Any] | None:
+    """Returns the evaluation on record after `step` updates, None where there is none or it was made with other settings."""
+    wanted = {
+        "step": step,
+        "num_prompts": num_prompts,
+        "completions_per_prompt": actor.completions_per_prompt,
+        "prompts_per_work": actor.prompts_per_work,
+    }
+    return next((record for record in directory.evaluations() if all(record.get(k) == v for k, v in wanted.items())), None)
 
 
 def collect(actor: Actor, weights: Any, *, version: int, num_prompts: int, stop: Stop) -> list[Rollouts]:
@@ -76,6 +156,7 @@ def summarise(task: Task, rollouts: Sequence[Rollouts], *, step: int) -> dict[st
     return {
         "step": step,
         "completions_per_prompt": per_prompt,
+        "prompts_per_work": len(rollouts[0].prompt_records),
         **describe(np.ones(len(prompts), bool), "all"),
         "worst_preference_group": min(means, key=means.get),
         "gap": max(means.values()) - min(means.values()),
@@ -106,12 +187,6 @@ def interval(values: np.ndarray, counted: np.ndarray, *, name: str) -> dict[str,
     means = sums[draws].sum(axis=1)[totals > 0] / totals[totals > 0]
     low, high = np.quantile(means, [0.025, 0.975])
     return {"mean": mean, "low": float(low), "high": float(high)}
-
-
-def resolved(record: Mapping[str, Any]) -> bool | None:
-    """Returns whether answers beat random choice beyond the 95 % interval; None where too few answered to tell."""
-    low = record["advantage_over_random"]["low"]
-    return None if low is None else low > 0
 
 
 def _mean(values: np.ndarray) -> float | None:

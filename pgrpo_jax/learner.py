@@ -1,6 +1,7 @@
 """The learner role: rollouts → per-preference-group normalised advantages → update → weight versions and checkpoints."""
 
 import dataclasses
+import functools
 from typing import Any, Callable, Sequence
 
 import jax
@@ -44,15 +45,27 @@ class LearnerSettings:
 
 def initial_state(params: Any, history: Any, optimiser: OptimiserSettings) -> TrainState:
     """Returns the state before the first update; `params` are copied, since updates donate their input."""
-    params = jax.tree.map(jnp.array, params)
+    trainable, moments = _initialise(params, optimiser)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         next_work=jnp.zeros((), jnp.int32),
-        trainable=params,
-        optimiser=jax.jit(make_optimiser(optimiser).init)(params),
+        trainable=trainable,
+        optimiser=moments,
         history=history,
         objective={},
     )
+
+
+# One program for all leaves, in these two: an eager copy would compile one for each shape.
+@functools.partial(jax.jit, static_argnums=1)
+def _initialise(params: Any, optimiser: OptimiserSettings) -> tuple[Any, Any]:
+    copies = jax.tree.map(jnp.copy, params)
+    return copies, make_optimiser(optimiser).init(copies)
+
+
+@jax.jit
+def _copy(params: Any) -> Any:
+    return jax.tree.map(jnp.copy, params)
 
 
 class Learner:
@@ -82,6 +95,7 @@ class Learner:
     ):
         self._model, self._settings, self._checkpoints = model, settings, checkpoints
         self._advantages = advantage_kernel
+        self._learning_rate = jax.jit(learning_rate(settings.optimiser))
         self._mesh = parallel.data_mesh(devices)
         self._reference = None if reference is None else parallel.replicate(reference, self._mesh)
         self.state = parallel.replicate(state, self._mesh)
@@ -106,7 +120,7 @@ class Learner:
         """Keeps the weight versions that this and later steps are generated with; copies, because an update donates the state."""
         needed = self._settings.schedule.needed(self.step, self._settings.num_steps)
         if self.step in needed and self.step not in self.versions:
-            self.versions[self.step] = jax.tree.map(jnp.copy, self.state.trainable)
+            self.versions[self.step] = _copy(self.state.trainable)
         self.versions = {v: weights for v, weights in self.versions.items() if v in needed}
 
     def update(self, rollouts: Sequence[Rollouts]) -> tuple[dict[str, float], np.ndarray]:
@@ -119,11 +133,12 @@ class Learner:
             (metrics, advantages [N] of the completions in canonical order).
 
         Raises:
-            ValueError: a reward is not finite or a preference id out of range; the state is untouched.
+            ValueError: a reward is not finite, a preference id out of range or the weight version not the schedule's; the state
+                is untouched.
             FloatingPointError: the loss or the gradient is not finite; the last checkpoint stays good.
         """
         s = self._settings
-        batching.check(rollouts, num_preference_groups=s.num_preference_groups)
+        batching.check(rollouts, num_preference_groups=s.num_preference_groups, version=s.schedule.version(self.step))
         flat = batching.to_train_batch(rollouts, completions_per_prompt=s.completions_per_prompt, pad_id=s.pad_id)
         advantages, history, diagnostics = self._advantages(
             flat.rewards, flat.prompt_index, flat.preference_ids[flat.prompt_index], flat.valid, self.state.history
@@ -137,16 +152,14 @@ class Learner:
             scalars = jax.device_get(scalars)
             self._refuse_non_finite(scalars)
         self.step += 1
-        self.state = self.state.replace(
-            step=jnp.full_like(self.state.step, self.step),
-            next_work=jnp.full_like(self.state.next_work, rollouts[-1].work.index + 1),
-            history=parallel.replicate(history, self._mesh),
-        )
+        counted = {"step": np.int32(self.step), "next_work": np.int32(rollouts[-1].work.index + 1), "history": history}
+        self.state = self.state.replace(**parallel.replicate(counted, self._mesh))
         self._offer_versions()
         metrics = {"kl": 0.0} | {name: float(value) for name, value in scalars.items()}
         metrics["staleness"] = float(self.step - 1 - rollouts[0].work.version)
-        metrics["learning_rate"] = float(learning_rate(s.optimiser)(self.step * s.passes_per_batch - 1))
-        return metrics | describe(flat, np.asarray(advantages), jax.device_get(diagnostics)), np.asarray(advantages)[flat.valid]
+        metrics["learning_rate"] = float(self._learning_rate(self.step * s.passes_per_batch - 1))
+        rows = batching.completion_rows(rollouts, completions_per_prompt=s.completions_per_prompt)
+        return metrics | describe(flat, np.asarray(advantages), jax.device_get(diagnostics)), np.asarray(advantages)[rows]
 
     def _fixed_log_probs(self, batch: TrainBatch, *, version: int) -> tuple[jax.Array | None, jax.Array | None]:
         """Log-probs of the old policy and of the reference, in the update's own layout; None where they are not needed.

@@ -4,7 +4,7 @@
 """
 
 import math
-from typing import Any, Callable
+from typing import Any
 
 from pgrpo_jax.algorithms import presets
 from pgrpo_jax.controller import Schedule
@@ -23,6 +23,12 @@ _AT_LEAST = {
     "prompts_per_step": 1,
     "prompts_per_work": 1,
     "task.num_preference_groups": 1,
+    "model.random.num_layers": 1,
+    "model.random.width": 1,
+    "model.random.mlp_width": 1,
+    "model.random.num_heads": 1,
+    "model.random.num_kv_heads": 1,
+    "model.random.context_length": 1,
     "generation.max_new_tokens": 1,
     "generation.top_k": 0,
     "optimiser.warmup_steps": 0,
@@ -71,8 +77,7 @@ def check(config: Any, *, num_devices: int) -> None:
             build(config)
         except ValueError as error:
             errors.append(str(error))
-    if not errors:
-        errors = _check_divisions(config, num_devices)
+    errors += _check_divisions(config, num_devices)
     if errors:
         raise ConfigError("\n".join(errors))
 
@@ -94,7 +99,10 @@ def _check_numbers(config: Any) -> list[str]:
          "not a rising list of lengths: for example (64, 128)"),
         (math.isfinite(config.optimiser.learning_rate) and config.optimiser.learning_rate > 0, "optimiser.learning_rate",
          config.optimiser.learning_rate, "not above 0: 1e-6 to 1e-4 are usual"),
-        (config.algorithm.epsilon + config.algorithm.std_floor > 0, "algorithm.epsilon + algorithm.std_floor",
+        (0 <= config.optimiser.b1 < 1, "optimiser.b1", config.optimiser.b1, "outside [0, 1): 0.9 is usual"),
+        (0 <= config.optimiser.b2 < 1, "optimiser.b2", config.optimiser.b2, "outside [0, 1): 0.99 is usual"),
+        (config.optimiser.eps > 0, "optimiser.eps", config.optimiser.eps, "not above 0: AdamW would divide by 0; 1e-8 is usual"),
+        (config.algorithm.epsilon + config.algorithm.std_floor != 0, "algorithm.epsilon + algorithm.std_floor",
          config.algorithm.epsilon + config.algorithm.std_floor, "0: a preference history of equal rewards would divide by 0; set one above 0"),
     ]  # fmt: skip
     return [f"{key} = {value} is {problem}" for holds, key, value, problem in rules if not holds]
@@ -102,14 +110,14 @@ def _check_numbers(config: Any) -> list[str]:
 
 def _check_divisions(config: Any, num_devices: int) -> list[str]:
     devices = config.learner.num_devices or num_devices
-    per_slice = config.prompts_per_step // config.learner.micro_batches
+    per_slice = config.prompts_per_step // max(1, config.learner.micro_batches)
     pairs = [
         ("prompts_per_step", config.prompts_per_step, "prompts_per_work", config.prompts_per_work),
         ("prompts_per_step", config.prompts_per_step, "learner.micro_batches", config.learner.micro_batches),
         ("prompts_per_step / learner.micro_batches", per_slice, "the learner's devices (learner.num_devices, 0 = all)", devices),
         ("evaluation.num_prompts", config.evaluation.num_prompts, "evaluation.prompts_per_work", config.evaluation.prompts_per_work),
     ]
-    errors = [f"{a} = {x} is not divisible by {b} = {y}: change one of them" for a, x, b, y in pairs if x % y]
+    errors = [f"{a} = {x} is not divisible by {b} = {y}: change one of them" for a, x, b, y in pairs if y >= 1 and x % y]
     if devices > num_devices:
         errors.append(f"learner.num_devices = {devices} is more than the {num_devices} local devices: lower it, or 0 for all")
     return errors
@@ -201,4 +209,7 @@ def random_model(config: Any, vocab_size: int) -> ModelConfig:
     )
 
 
-_random_model_if_any: Callable[[Any], Any] = lambda config: None if config.model.path else random_model(config, 1)  # noqa: E731
+def _random_model_if_any(config: Any) -> ModelConfig | None:
+    sizes = config.model.random
+    drawn = not config.model.path and min(sizes.num_layers, sizes.width, sizes.num_heads, sizes.num_kv_heads) >= 1  # else already reported
+    return random_model(config, 1) if drawn else None

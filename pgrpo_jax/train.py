@@ -3,6 +3,7 @@
     prompts → rollouts → rewards → advantages → update → weights, and round again
 """
 
+import os
 import time
 from typing import Any, Sequence
 
@@ -20,7 +21,6 @@ from pgrpo_jax.learner import Learner
 from pgrpo_jax.preemption import EXIT_PREEMPTED, Preempted, Stop
 from pgrpo_jax.run_directory import RunDirectory
 from pgrpo_jax.structs import Rollouts
-from pgrpo_jax.tasks import Task
 
 _POLL_SECS = 10.0
 
@@ -32,17 +32,19 @@ class Run:
         self._started = time.perf_counter()
         self._config, self._stop = config, stop
         settings.check(config, num_devices=jax.local_device_count())
-        self.task: Task = assembly.load_task(config)
+        check_workdir(workdir)
+        task = assembly.load_task(config)
         stop.check("start-up")
-        base = assembly.load_base(config, self.task)
+        base = assembly.load_base(config, task)
         stop.check("start-up")
-        self.evaluator: Actor = assembly.make_evaluator(config, base, self.task)
+        self._evaluator: Actor = assembly.make_evaluator(config, base, task)
+        self._untrained = base.params
         self.directory = RunDirectory(workdir, tensorboard=config.metrics.tensorboard)
         self.checkpoints = Checkpoints(
             self.directory.path / "checkpoints", identity=assembly.run_identity(identity, base), keep=config.checkpoint.keep
         )
         self.learner: Learner = assembly.make_learner(config, base, self.checkpoints)
-        self.engine = InlineEngine(assembly.make_actor(config, base, self.task))
+        self.engine = InlineEngine(assembly.make_actor(config, base, task))
         self.resumed = self.learner.restore()
         self.directory.truncate_after(self.learner.step)
         self.directory.write_config(_flat(config))
@@ -57,16 +59,18 @@ class Run:
         """Returns seconds spent on the run, earlier attempts included."""
         return self._earlier_secs + time.perf_counter() - self._started
 
-    def evaluation(self, step: int) -> dict[str, Any]:
-        """Returns the evaluation after `step` updates, made now unless it is on record."""
-        for record in self.directory.evaluations():
-            if record["step"] == step:
-                return record
-        weights = self.learner.state.trainable
-        rollouts = evaluate.collect(self.evaluator, weights, version=step, num_prompts=self._config.evaluation.num_prompts, stop=self._stop)
-        record = evaluate.summarise(self.task, rollouts, step=step)
-        self.directory.write_evaluation(record)
-        return record
+    def evaluation_before(self) -> dict[str, Any]:
+        """Returns the evaluation of the untrained policy, whose parameters are let go afterwards; a resumed run finds it on record."""
+        trained, untrained, self._untrained = self.learner.state.trainable, self._untrained, None
+        return self._evaluation(trained if self.learner.step == 0 else jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), untrained, trained), 0)
+
+    def evaluation_after(self) -> dict[str, Any]:
+        """Returns the evaluation of the policy as it is now."""
+        return self._evaluation(self.learner.state.trainable, self.learner.step)
+
+    def _evaluation(self, weights: Any, step: int) -> dict[str, Any]:
+        num_prompts = self._config.evaluation.num_prompts
+        return evaluate.evaluation(self.directory, self._evaluator, weights, step=step, num_prompts=num_prompts, stop=self._stop)
 
     def loop(self, console: Console) -> None:
         """Generates and trains until the last step, or until a stop is requested."""
@@ -105,11 +109,19 @@ class Run:
             checkpoint_secs = time.perf_counter() - start
 
     def summary(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-        """Returns the content of summary.json."""
+        """Returns the content of summary.json, written now unless the run finished earlier with the same evaluations."""
+        evaluation = {"before": before, "after": after, "baselines": after["baselines"]}
+        summary = self.directory.summary()
+        if summary is None or summary["evaluation"] != evaluation:
+            summary = self._summary(evaluation)
+            self.directory.write_summary(summary)
+        return summary
+
+    def _summary(self, evaluation: dict[str, Any]) -> dict[str, Any]:
         return {
             "steps": self.learner.step,
             "wall_secs": self.wall_secs(),
-            "evaluation": {"before": before, "after": after, "baselines": after["baselines"]},
+            "evaluation": evaluation,
             "state_sha256": state_sha256(self.learner.state),
             "config": _flat(self._config),
             "reproducible": True,
@@ -147,17 +159,18 @@ def train(config: Any, *, identity: dict[str, Any], workdir: epath.PathLike, sto
             if run.resumed:
                 console.note(f"resumed from step {learner.step} in {run.directory.path}")
             try:
-                before = _evaluation_before(run, console)
+                before = run.evaluation_before()
+                if learner.step == 0:
+                    console.evaluation(before, None)
                 run.loop(console)
                 learner.save(wait=True)
-                after = run.evaluation(learner.step)
+                after = run.evaluation_after()
             except Preempted as reason:
                 if learner.step > 0:
                     learner.save(wait=True)
                 console.note(f"{reason}: step {learner.step} is saved in {run.directory.path}; run the same command to go on")
                 return EXIT_PREEMPTED
             summary = run.summary(before, after)
-            run.directory.write_summary(summary)
             console.evaluation(before, after)
             console.note(f"state_sha256 {summary['state_sha256']}")
     finally:
@@ -165,12 +178,21 @@ def train(config: Any, *, identity: dict[str, Any], workdir: epath.PathLike, sto
     return 0
 
 
-def _evaluation_before(run: Run, console: Console) -> dict[str, Any]:
-    """The evaluation of the untrained policy; a resumed run finds it on record."""
-    before = run.evaluation(0) if run.learner.step == 0 else next(r for r in run.directory.evaluations() if r["step"] == 0)
-    if run.learner.step == 0:
-        console.evaluation(before, None)
-    return before
+def check_workdir(workdir: epath.PathLike) -> None:
+    """Refuses a run directory that nothing could be written to, without making it.
+
+    Raises:
+        NotADirectoryError: it, or a part of its path, is a file.
+        PermissionError: it may not be written to.
+    """
+    path = epath.Path(workdir)
+    if "://" in os.fspath(path):  # a bucket says so itself, at the first write
+        return
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"--workdir {path}: {existing} is a file, a directory is needed: give another path")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"--workdir {path}: {existing} may not be written to: give another path or change its permissions")
 
 
 def generation_metrics(rollouts: Sequence[Rollouts]) -> dict[str, float]:

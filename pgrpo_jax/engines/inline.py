@@ -4,7 +4,7 @@ import collections
 from typing import Any
 
 from pgrpo_jax.actor import Actor
-from pgrpo_jax.structs import Event, Finished, Lost, Tick, Work
+from pgrpo_jax.structs import Event, Finished, Tick, Work
 
 
 class InlineEngine:
@@ -28,12 +28,21 @@ class InlineEngine:
         self._queue.append(work)
 
     def poll(self, timeout_secs: float) -> list[Event]:
-        """Generates the oldest queued unit and returns what happened; never waits, so `timeout_secs` is not used up."""
+        """Generates the oldest queued unit and returns what happened.
+
+        Args:
+            timeout_secs: longest wait for an event; nothing is waited for here.
+
+        Raises:
+            ValueError: the unit's weight version is not published. Issuing the unit again would not help.
+        """
         if not self._queue:
             return [Tick(secs=0.0)]
         work = self._queue.popleft()
         if work.version not in self._weights:
-            return [Lost(work=work, reason=f"weight version {work.version} is not among those published, {sorted(self._weights)}")]
+            raise ValueError(
+                f"work unit {work.index} needs weight version {work.version}, published are {sorted(self._weights)}: publish it before submitting"
+            )
         return [Finished(rollouts=self._actor.rollout(self._weights[work.version], work))]
 
     def close(self) -> None:

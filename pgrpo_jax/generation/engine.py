@@ -75,7 +75,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], *, buckets: Sequence[int], pad
     """
     lengths = np.array([len(p) for p in prompts], np.int32)
     if lengths.min(initial=1) < 1:
-        raise ValueError(f"prompt {int(lengths.argmin())} has 0 tokens: at least 1 is needed to predict a next one")
+        raise ValueError(f"prompt {int(lengths.argmin())} has 0 tokens, at least 1 is needed to predict a next one: leave the prompt out")
     padded = np.full((len(prompts), bucket_length(int(lengths.max(initial=1)), buckets)), pad_id, np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -105,12 +105,18 @@ def generate(
 
     Returns:
         Completions on the host.
+
+    Raises:
+        FloatingPointError: a log-prob is not finite, so the parameters are not.
     """
     chex.assert_rank([prompts, lengths], [2, 1])
     out = _generate(model, params, prompts, lengths, key, completions_per_prompt, settings)
-    tokens, log_probs, done = jax.device_get(out)
-    lengths = np.where(done >= 0, done + 1, settings.max_new_tokens).astype(np.int32)
-    return Completions(tokens=tokens, lengths=lengths, log_probs=log_probs, truncated=done < 0)
+    tokens, log_probs, stops = jax.device_get(out)
+    if (bad := np.flatnonzero(~np.isfinite(log_probs).all(axis=1))).size:
+        raise FloatingPointError(f"log-probs of completion {bad[0]} are not finite: the weights are damaged, go back to a good checkpoint")
+    truncated = stops < 0
+    lengths = np.where(truncated, settings.max_new_tokens, stops + 1).astype(np.int32)
+    return Completions(tokens=tokens, lengths=lengths, log_probs=log_probs, truncated=truncated)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
@@ -129,8 +135,9 @@ def _generate(model, params, prompts, lengths, key, completions_per_prompt, sett
         t, token, stopped, cache, tokens, log_probs = carry
         context = (prefix, Segment(key_values=cache, mask=columns < t))
         hidden, new = transformer.forward(model, params, token[:, None], (start + t)[:, None], context)
-        uniforms = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(keys)
-        token, log_prob = sampler.sample(transformer.logits(params, hidden)[:, 0, :], uniforms, settings.support)
+        logits = transformer.logits(params, hidden)[:, 0, :]
+        uniforms = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t), dtype=logits.dtype))(keys)
+        token, log_prob = sampler.sample(logits, uniforms, settings.support)
         running = stopped < 0
         token = jnp.where(running, token, settings.pad_id)
         log_prob = jnp.where(running, log_prob, 0.0)

@@ -37,9 +37,11 @@ def restrict(logits: chex.Array, support: Support, *, keep: chex.Array | None = 
             in another layout must not turn its log-prob into -inf).
 
     Returns:
-        [..., V] logits / temperature, -inf outside the support.
+        [..., V] logits / temperature, shifted so that the largest is 0; -inf outside the support.
     """
-    scaled = logits / jnp.asarray(support.temperature, logits.dtype)
+    # Log-probs and entropies are differences of these numbers: shifted they are small, and so is the rounding.
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    scaled = (logits - largest) / jnp.asarray(support.temperature, logits.dtype)
     vocab = scaled.shape[-1]
     if not (0 < support.top_k < vocab) and support.top_p >= 1.0:
         return scaled
@@ -98,7 +100,7 @@ def sample(logits: chex.Array, uniforms: chex.Array, support: Support) -> tuple[
     kept = restrict(logits, support)
     normaliser = jax.nn.logsumexp(kept, axis=-1)
     weights = jnp.exp(kept - normaliser[:, None])
-    width = math.isqrt(vocab - 1) + 1
+    width = math.isqrt(vocab)
     blocks = jnp.pad(weights, ((0, 0), (0, -vocab % width))).reshape(rows, -1, width)
     block, rest = _first_above(blocks.sum(axis=-1), uniforms * weights.sum(axis=-1))
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0, :]

@@ -4,6 +4,7 @@ A forward pass runs T tokens against zero or more *context segments*: keys and v
 cache). So a prompt is computed once for all its completions, in generation and in training alike.
 """
 
+import functools
 from typing import Any, Sequence
 
 import chex
@@ -49,12 +50,12 @@ def rotate(x: chex.Array, positions: chex.Array, *, theta: float) -> chex.Array:
         theta: base of the geometric progression of wavelengths.
 
     Returns:
-        [B, T, heads, Dh], the dtype of x; angles are computed in float32.
+        [B, T, heads, Dh], the dtype of x; angles are computed in float32 or wider.
     """
     chex.assert_rank([x, positions], [4, 2])
-    half = x.shape[-1] // 2
-    frequencies = jnp.float32(theta) ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    half, wide = x.shape[-1] // 2, _wide(x.dtype)
+    frequencies = jnp.asarray(theta, wide) ** (-jnp.arange(half, dtype=wide) / half)
+    angles = positions.astype(wide)[:, :, None, None] * frequencies[None, None, None, :]
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -68,18 +69,17 @@ def attend(query: chex.Array, parts: Sequence[tuple[chex.Array, chex.Array, chex
         parts: (keys [Bs, S, Hkv, Dh], values [Bs, S, Hkv, Dh], mask [Bs or 1, T or 1, S] bool); Bs divides B.
 
     Returns:
-        [B, T, H, Dh]; softmax in float32 (or wider).
+        [B, T, H, Dh], the dtype of query; scores and softmax in float32 or wider.
     """
     batch, length, heads, head_dim = query.shape
-    scores = []
+    scores, wide = [], _wide(query.dtype)
     for keys, _, mask in parts:
         rows, size, kv_heads, _ = keys.shape
         q = query.reshape(rows, batch // rows, length, kv_heads, heads // kv_heads, head_dim)
-        s = jnp.einsum("brtkgd,bskd->brkgts", q, keys) * jnp.asarray(head_dim**-0.5, query.dtype)
-        s = jnp.where(mask[:, None, None, None, :, :], s, jnp.asarray(jnp.finfo(s.dtype).min, s.dtype))
+        s = jnp.einsum("brtkgd,bskd->brkgts", q, keys, preferred_element_type=wide) * jnp.asarray(head_dim**-0.5, wide)
+        s = jnp.where(mask[:, None, None, None, :, :], s, jnp.asarray(jnp.finfo(wide).min, wide))
         scores.append(s.reshape(batch, kv_heads, heads // kv_heads, length, size))
-    joined = jnp.concatenate(scores, axis=-1)
-    weights = jax.nn.softmax(joined.astype(_wide(joined.dtype)), axis=-1).astype(query.dtype)
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
     outputs, start = [], 0
     for keys, values, _ in parts:
         rows, size, kv_heads, _ = keys.shape
@@ -107,7 +107,7 @@ def rms_norm(x: chex.Array, scale: chex.Array, *, epsilon: float) -> chex.Array:
 
 def _wide(dtype: Any) -> Any:
     """float32 for half-precision types, the type itself otherwise."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def _scaled_normal(fan_in: int):
@@ -189,6 +189,7 @@ class Transformer(nn.Module):
         return rms_norm(x, scale, epsilon=c.norm_epsilon), KeyValues(keys=keys, values=values)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def initialise(model: Transformer, key: chex.PRNGKey) -> Any:
     """Returns random parameters in the tree of `families.parameter_shapes`: normal, variance 1 / fan-in; norms 1."""
     tokens = jnp.zeros((1, 1), jnp.int32)
@@ -201,12 +202,12 @@ def forward(model: Transformer, params: Any, tokens: chex.Array, positions: chex
 
 
 def logits(params: Any, hidden: chex.Array) -> chex.Array:
-    """Returns next-token logits [B, T, V], float32 or wider, of hidden states [B, T, D]."""
-    if "head" in params:
-        out = jnp.einsum("btd,dv->btv", hidden, params["head"].astype(hidden.dtype))
-    else:
-        out = jnp.einsum("btd,vd->btv", hidden, params["embedding"].astype(hidden.dtype))
-    return out.astype(_wide(out.dtype))
+    """Returns next-token logits [B, T, V] of hidden states [B, T, D], summed and kept in float32 or wider.
+
+    Rounded to bfloat16, a logit of 20 would move in steps of 1/8, and many tokens would tie.
+    """
+    equation, head = ("btd,dv->btv", params["head"]) if "head" in params else ("btd,vd->btv", params["embedding"])
+    return jnp.einsum(equation, hidden, head.astype(hidden.dtype), preferred_element_type=_wide(hidden.dtype))
 
 
 def prefill(model: Transformer, params: Any, prompts: chex.Array, lengths: chex.Array) -> Segment:

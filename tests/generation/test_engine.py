@@ -1,0 +1,264 @@
+"""Generation: against SmolLM2's reference answers, the uncached forward and exact probabilities; how often what is computed."""
+
+import functools
+import itertools
+import math
+import pathlib
+
+import chex
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from pgrpo_jax.generation import engine, sampler
+from pgrpo_jax.generation.engine import GenerationSettings
+from pgrpo_jax.generation.sampler import Support
+from pgrpo_jax.models import families, transformer, weights
+
+MODEL = pathlib.Path(".assets/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf")
+REFERENCE = pathlib.Path(__file__).parents[1] / "data" / "smollm2_reference.npz"
+CONFIG = families.ModelConfig(
+    num_layers=2, width=16, mlp_width=24, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=23, context_length=64, rope_theta=100.0,
+    norm_epsilon=1e-5, tied_embeddings=True,
+)  # fmt: skip
+TINY = transformer.Transformer(CONFIG)
+PROMPTS = [[3], [1, 2, 3, 4, 5], [7, 8, 22]]  # 1 token, a whole bucket, and in between
+
+
+def draw_params(config, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda spec: rng.normal(0, 0.4, spec.shape).astype(np.float32), families.parameter_shapes(config))
+
+
+PARAMS = draw_params(CONFIG)
+
+
+def settings(**changes):
+    values = dict(max_new_tokens=6, support=Support(), stop_ids=(0, 11), pad_id=2, prompt_buckets=(5, 12))
+    return GenerationSettings(**{**values, **changes})
+
+
+def generate(prompts, what, *, seed=0, completions_per_prompt=4, model=TINY, params=PARAMS):
+    padded, lengths = engine.pad_prompts(prompts, buckets=what.prompt_buckets, pad_id=what.pad_id)
+    key = jax.random.key(seed)
+    return engine.generate(model, params, padded, lengths, key, completions_per_prompt=completions_per_prompt, settings=what)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def log_softmax(model, params, tokens):
+    """[B, T] -> [B, T, V], one forward pass without cache or context."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+    hidden, _ = transformer.forward(model, params, tokens, positions)
+    return jax.nn.log_softmax(transformer.logits(params, hidden), axis=-1)
+
+
+def uncached(model, params, prompts, out):
+    """Log-probs [N, Tc] of completions by one forward pass over prompt + completion, rows padded on the right; 0 on padding."""
+    per_prompt, (count, size) = len(out.tokens) // len(prompts), out.tokens.shape
+    width = max(map(len, prompts)) + size
+    rows = np.zeros((count, width), np.int32)
+    for n, tokens in enumerate(out.tokens):
+        prompt = prompts[n // per_prompt]
+        rows[n, : len(prompt) + size] = [*prompt, *tokens]
+    scores, expected = np.asarray(log_softmax(model, params, rows)), np.zeros((count, size))
+    for n, t in itertools.product(range(count), range(size)):
+        if t < out.lengths[n]:
+            expected[n, t] = scores[n, len(prompts[n // per_prompt]) + t - 1, out.tokens[n, t]]
+    return expected
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if not MODEL.is_file():
+        pytest.fail(f"{MODEL} is missing: run launch/test.sh, which fetches it")
+    config, params = weights.load_gguf(MODEL)
+    reference = np.load(REFERENCE)
+    return transformer.Transformer(config), params, [reference[f"ids{k}"].tolist() for k in range(3)], reference
+
+
+def test_smollm2_greedy_answers_equal_the_reference(smollm2):
+    """All three prompts (5, 11 and 44 tokens) in one batch, through the cache, token for token and stop for stop."""
+    model, params, prompts, reference = smollm2
+    what = settings(max_new_tokens=48, support=Support(top_k=1), stop_ids=(2,), prompt_buckets=(44,))
+    out = generate(prompts, what, completions_per_prompt=1, model=model, params=params)
+    answers = [reference[f"greedy{k}"] for k in range(3)]
+    assert out.lengths.tolist() == [len(answer) for answer in answers] == [30, 48, 17]
+    assert out.truncated.tolist() == [False, True, False]
+    for tokens, answer in zip(out.tokens, answers):
+        np.testing.assert_array_equal(tokens[: len(answer)], answer)
+
+
+def test_smollm2_cached_log_probs_equal_the_uncached_forward(smollm2):
+    model, params, prompts, _ = smollm2
+    what = settings(max_new_tokens=8, stop_ids=(2,), prompt_buckets=(44,))
+    out = generate(prompts, what, completions_per_prompt=2, model=model, params=params)
+    np.testing.assert_allclose(out.log_probs, uncached(model, params, prompts, out), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "prompts, completions_per_prompt",
+    [(PROMPTS, 4), (PROMPTS, 1), ([[5]], 4), ([[1] * 12, [2] * 6], 3)],
+    ids=["uneven", "uneven, one completion each", "one token", "longer bucket"],
+)
+def test_cached_log_probs_equal_the_uncached_forward(prompts, completions_per_prompt):
+    out = generate(prompts, settings(stop_ids=(0,)), completions_per_prompt=completions_per_prompt)
+    expected = uncached(TINY, PARAMS, prompts, out)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(out.log_probs, expected, atol=1e-5)
+
+
+def test_two_tokens_follow_their_exact_joint_probability():
+    """20,000 completions of one prompt: tokens of a completion, and completions of a prompt, are drawn independently."""
+    prompt, vocab, count = [4, 9], CONFIG.vocab_size, 20_000
+    out = generate([prompt], settings(max_new_tokens=2, stop_ids=()), completions_per_prompt=count)
+    pairs = np.array([[*prompt, token] for token in range(vocab)], np.int32)
+    scores = np.asarray(log_softmax(TINY, PARAMS, pairs), np.float64)
+    joint = np.exp(scores[0, 1][:, None] + scores[:, 2]).ravel()
+    counts = np.bincount(out.tokens[:, 0] * vocab + out.tokens[:, 1], minlength=vocab**2)
+    likely = count * joint > 5
+    expected = np.append(joint[likely], joint[~likely].sum()) * count
+    observed = np.append(counts[likely], counts[~likely].sum())
+    chi_square = np.sum((observed - expected) ** 2 / expected)
+    assert len(expected) > 50 and 1e-3 < scipy.stats.chi2.sf(chi_square, len(expected) - 1) < 1 - 1e-3
+
+
+def test_what_lies_behind_a_stop_token():
+    """Drawn tokens do not depend on the stop list up to the first stop, so a run without one shows where the others must end."""
+    free = generate(PROMPTS, settings(stop_ids=()), completions_per_prompt=16)
+    assert free.truncated.all() and np.all(free.lengths == 6) and np.all(free.log_probs < 0)
+    seen = set()
+    for stops in ((11,), (4, 5, 6, 7, 8, 9, 10, 11, 12, 13)):
+        out = generate(PROMPTS, settings(stop_ids=stops), completions_per_prompt=16)
+        for n in range(48):
+            ends = [t for t in range(6) if free.tokens[n, t] in stops]
+            length = ends[0] + 1 if ends else 6
+            assert (out.lengths[n], out.truncated[n]) == (length, not ends)
+            np.testing.assert_array_equal(out.tokens[n], [*free.tokens[n, :length], *[2] * (6 - length)])
+            np.testing.assert_array_equal(out.log_probs[n, :length], free.log_probs[n, :length])
+            np.testing.assert_array_equal(out.log_probs[n, length:], 0)
+            seen.add((length, not ends))
+    assert {(1, False), (6, True), (6, False)} <= seen  # stopped at once, never, and by the very last token
+    assert (out.tokens.dtype, out.lengths.dtype, out.log_probs.dtype, out.truncated.dtype) == (np.int32, np.int32, np.float32, bool)
+
+
+def test_a_pad_token_that_is_also_the_stop_token_is_counted_once():
+    out = generate(PROMPTS, settings(stop_ids=(2,), pad_id=2), completions_per_prompt=16)
+    for tokens, length, truncated in zip(out.tokens, out.lengths, out.truncated):
+        assert 2 not in tokens[: length - 1] and (tokens[length - 1] == 2) != truncated and np.all(tokens[length:] == 2)
+
+
+def test_same_key_same_bits_other_key_other_tokens():
+    first, again, other = (generate(PROMPTS, settings(), seed=seed) for seed in (1, 1, 2))
+    chex.assert_trees_all_equal(vars(first), vars(again))
+    assert (first.tokens != other.tokens).mean() > 0.5
+    assert len({row.tobytes() for row in first.tokens[4:8]}) > 1  # completions of one prompt differ
+
+
+@pytest.mark.parametrize("support", [Support(), Support(temperature=1.2, top_k=5, top_p=0.8)])
+def test_a_completion_does_not_depend_on_its_neighbours(support):
+    """Same shape, other prompts in the other rows (so that they stop elsewhere): the same bits."""
+    first = generate(PROMPTS, settings(support=support))
+    other = generate([[9, 9, 9, 9], PROMPTS[1], [20]], settings(support=support))
+    for name in ("tokens", "lengths", "log_probs", "truncated"):
+        np.testing.assert_array_equal(getattr(first, name)[4:8], getattr(other, name)[4:8])
+    assert np.any(first.tokens[:4] != other.tokens[:4]) and np.any(first.tokens[8:] != other.tokens[8:])
+
+
+def test_filling_behind_a_prompt_changes_nothing():
+    padded, lengths = engine.pad_prompts(PROMPTS, buckets=(5,), pad_id=2)
+    rubbish = np.where(np.arange(5)[None, :] < lengths[:, None], padded, 17).astype(np.int32)
+    assert np.any(rubbish != padded)
+    ours, other = (
+        engine.generate(TINY, PARAMS, rows, lengths, jax.random.key(0), completions_per_prompt=4, settings=settings()) for rows in (padded, rubbish)
+    )
+    chex.assert_trees_all_equal(vars(ours), vars(other))
+
+
+def program(prompts, length, completions_per_prompt):
+    """The jaxpr of one call of `_generate`."""
+    tokens, lengths = np.zeros((prompts, length), np.int32), np.ones(prompts, np.int32)
+    traced = jax.jit(engine._generate.__wrapped__, static_argnums=(0, 5, 6)).trace(
+        TINY, PARAMS, tokens, lengths, jax.random.key(0), completions_per_prompt, settings()
+    )
+    return traced.jaxpr
+
+
+def multiplications(jaxpr):
+    """Multiplications of the matrix products of a program, {"before": ..., "loop": those of one turn of a while loop}."""
+    total = {"before": 0, "loop": 0}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            size = math.prod(equation.outvars[0].aval.shape) * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+            total["before"] += size
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            inside = multiplications(inner)
+            times = equation.params["length"] if equation.primitive.name == "scan" else 1
+            place = "loop" if equation.primitive.name == "while" else "before"
+            total[place] += times * inside["before"]
+            total["loop"] += times * inside["loop"]
+    return total
+
+
+def test_each_prompt_is_computed_once_and_decoding_is_one_loop_on_the_device():
+    c, (p, length, size) = CONFIG, (3, 7, 6)
+    token = c.width * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads) + 3 * c.width * c.mlp_width
+    prefill = c.num_layers * p * length * (token + 2 * c.num_heads * c.head_dim * length)
+    for g in (1, 5):
+        jaxpr = program(p, length, g)
+        assert [equation.primitive.name for equation in jaxpr.eqns].count("while") == 1
+        step = c.num_layers * p * g * (token + 2 * c.num_heads * c.head_dim * (length + size + 1)) + p * g * c.width * c.vocab_size
+        assert multiplications(jaxpr.jaxpr) == {"before": prefill, "loop": step}
+
+
+def test_compiles_once_for_each_bucket():
+    what = settings(max_new_tokens=3, prompt_buckets=(4, 9), support=Support(temperature=0.9))
+    before = engine._generate._cache_size()
+    for lengths in ((1, 2), (4, 3), (2, 2), (5, 1), (9, 9), (1, 7), (3, 4)):
+        # equal models and settings made anew, other weights and another key: still the same program
+        model = transformer.Transformer(families.ModelConfig(**vars(CONFIG)))
+        anew = GenerationSettings(**vars(what))
+        generate([[1] * n for n in lengths], anew, seed=lengths[0], model=model, params=draw_params(CONFIG, seed=lengths[1]))
+    assert engine._generate._cache_size() - before == 2
+
+
+def test_stops_decoding_when_every_completion_has_ended(monkeypatch):
+    steps, original = [], sampler.sample
+
+    def counted(logits, uniforms, support):
+        jax.debug.callback(lambda: steps.append(1))
+        return original(logits, uniforms, support)
+
+    monkeypatch.setattr(sampler, "sample", counted)
+    run = jax.jit(engine._generate.__wrapped__, static_argnums=(0, 5, 6))
+    padded, lengths = engine.pad_prompts(PROMPTS, buckets=(5,), pad_id=2)
+    for stops, turns in (((), 6), (tuple(range(12)), None)):
+        steps.clear()
+        _, _, ends = run(TINY, PARAMS, padded, lengths, jax.random.key(3), 4, settings(stop_ids=stops))
+        jax.effects_barrier()
+        assert len(steps) == (int(np.max(np.asarray(ends))) + 1 if turns is None else turns)
+    assert 1 < len(steps) < 6 and np.all(np.asarray(ends) >= 0)
+
+
+def test_prompts_are_padded_to_the_smallest_bucket_that_holds_them():
+    padded, lengths = engine.pad_prompts([[5, 6], [7]], buckets=(2, 4), pad_id=9)
+    np.testing.assert_array_equal(padded, [[5, 6], [7, 9]])
+    np.testing.assert_array_equal(lengths, [2, 1])
+    assert padded.dtype == lengths.dtype == np.int32
+    assert [engine.bucket_length(n, (2, 4, 9)) for n in (1, 2, 3, 4, 5, 9)] == [2, 2, 4, 4, 9, 9]
+
+
+def test_impossible_prompts_are_refused():
+    with pytest.raises(ValueError, match=r"prompt of 13 tokens .* largest bucket of 12: shorten it or extend generation.prompt_buckets"):
+        engine.pad_prompts([[1], [1] * 13], buckets=(5, 12), pad_id=2)
+    with pytest.raises(ValueError, match="prompt 1 has 0 tokens, at least 1 is needed .*: leave the prompt out"):
+        engine.pad_prompts([[1], [], [1]], buckets=(5, 12), pad_id=2)
+
+
+def test_damaged_weights_are_refused():
+    damaged = {**PARAMS, "final_norm": np.full(16, np.nan, np.float32)}
+    with pytest.raises(FloatingPointError, match="log-probs of completion 0 are not finite: the weights are damaged"):
+        generate(PROMPTS, settings(), params=damaged)

@@ -1,0 +1,321 @@
+"""The learner: what it keeps, what it refuses, what it reports; its old policy, its reference and its devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import learner_cases as cases
+import numpy as np
+import pytest
+
+from pgrpo_jax import batching, checkpoints, parallel, update
+from pgrpo_jax import learner as learners
+from pgrpo_jax.algorithms.advantages import Diagnostics
+from pgrpo_jax.controller import Schedule
+from pgrpo_jax.structs import Work
+
+SCHEDULES = [(1, 1), (1, 2), (2, 4), (4, 8)]
+MESH = parallel.data_mesh(jax.devices()[:1])
+UNIT = cases.P // 2  # prompts in a unit of work: a step takes two
+
+
+@pytest.fixture(autouse=True)
+def lenient():
+    """optax promotes dtypes implicitly."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Makes learners that save in a directory of the test, and closes them."""
+    made = []
+
+    def build(**options):
+        made.append(cases.learner(tmp_path / "checkpoints", **options))
+        return made[-1]
+
+    yield build
+    for learner in made:
+        learner._checkpoints.close()
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """The weights that `score_slices` was called with."""
+    calls = []
+
+    def spy(weights, *rest):
+        calls.append(weights)
+        return update.score_slices(weights, *rest)
+
+    monkeypatch.setattr(learners, "score_slices", spy)
+    return calls
+
+
+def rollouts(step: int, schedule: Schedule = Schedule()):
+    version = schedule.version(step)
+    return tuple(cases.rollouts(index, version=version, prompts=UNIT, step=step) for index in (2 * step, 2 * step + 1))
+
+
+def snapshot(tree):
+    """Host copies that share no buffer with the tree: a view would stop JAX from reusing it."""
+    return jax.tree.map(lambda x: np.array(jnp.copy(x)), tree)
+
+
+def assert_equal(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def token_means(batch, new, old):
+    """Mean ratio and mean KL of tokens, by the log-probs [N, T] of two policies."""
+    mask = batch.completion_mask & batch.valid[:, None]
+    gap = (np.float64(new) - np.float64(old))[mask]
+    return np.exp(gap).mean(), (np.exp(-gap) + gap - 1).mean()
+
+
+def log_probs(weights, units):
+    """Log-probs of rollouts under weights, laid out as the learner does it."""
+    flat = batching.to_train_batch(units, completions_per_prompt=cases.G, pad_id=cases.PAD)
+    sliced = parallel.shard_rows(batching.micro_batches(flat, 1), MESH, axis=1)
+    return flat, np.asarray(update.score_slices(parallel.replicate(weights, MESH), cases.MODEL, cases.OBJECTIVE.support, sliced))[0]
+
+
+@pytest.mark.parametrize("reload, accept", SCHEDULES)
+def test_bookkeeping_under_a_schedule(reload, accept, make, scored):
+    schedule, num_steps = Schedule(reload=reload, accept=accept), 9
+    learner = make(schedule=schedule, num_steps=num_steps)
+    weights, rewards = {0: snapshot(learner.state.trainable)}, [[] for _ in range(cases.K)]
+    stale = 0
+    for step in range(num_steps):
+        assert learner.step == step == int(learner.state.step)
+        assert set(learner.versions) == {v for v in schedule.needed(step, num_steps)}
+        for version, kept in learner.versions.items():
+            assert_equal(snapshot(kept), weights[version])
+        units, before, held = rollouts(step, schedule), len(scored), jax.tree.leaves(learner.state.trainable)
+        metrics, _ = learner.update(units)
+        version = schedule.version(step)
+        stale += version < step
+        assert all(leaf.is_deleted() for leaf in held), "the state is donated"
+        assert metrics["staleness"] == step - version
+        np.testing.assert_allclose(metrics["learning_rate"], cases.OPTIMISER.learning_rate * (1 - step / 60), rtol=1e-6)
+        weights[step + 1] = snapshot(learner.state.trainable)
+        if version == step:
+            assert len(scored) == before and metrics["ratio"] == 1 and metrics["old_kl"] == 0
+        else:
+            assert len(scored) == before + 1
+            flat, new = log_probs(weights[step], units)
+            ratio, _ = token_means(flat, new, log_probs(weights[version], units)[1])
+            np.testing.assert_allclose(metrics["ratio"], ratio, rtol=1e-5)
+            assert metrics["ratio"] != 1
+        for unit in units:
+            for i, reward in enumerate(unit.rewards):
+                rewards[unit.prompt_records[unit.prompt_index[i]].preference_id].append(float(reward))
+        np.testing.assert_array_equal(learner.state.history.count, [len(r) for r in rewards])
+        np.testing.assert_allclose(learner.state.history.mean, [np.mean(r) if r else 0 for r in rewards], rtol=1e-5)
+        assert int(learner.state.next_work) == 2 * (step + 1)
+    assert learner.step == num_steps and learner.versions == {}
+    assert (stale > 0) == (accept > 1)
+
+
+def test_published_versions_survive_later_updates(make):
+    learner = make()
+    held = learner.versions[0]
+    expected = snapshot(held)
+    for step in range(3):
+        learner.update(rollouts(step))
+    assert 0 not in learner.versions
+    assert_equal(held, expected)
+    assert not np.array_equal(learner.state.trainable["embedding"], held["embedding"])
+
+
+def test_several_passes_over_a_batch(make, scored):
+    """Old log-probs once, before the first pass; rewards count once; the schedule counts passes."""
+    learner = make(passes_per_batch=3)
+    start = snapshot(learner.state.trainable)
+    units = rollouts(0)
+    metrics, _ = learner.update(units)
+    assert len(scored) == 1 and metrics["ratio"] != 1
+    assert int(learner.state.optimiser[1][0].count) == 3 and learner.step == 1
+    assert int(np.sum(learner.state.history.count)) == cases.P * cases.G
+    np.testing.assert_allclose(metrics["learning_rate"], cases.OPTIMISER.learning_rate * (1 - 2 / 60), rtol=1e-6)
+    again = make()
+    again.update(units)
+    one_pass = snapshot(again.state.trainable)
+    change = np.abs(learner.state.trainable["embedding"] - start["embedding"]).max()
+    assert change > 1.5 * np.abs(one_pass["embedding"] - start["embedding"]).max()
+
+
+def test_the_reference_is_scored_only_for_a_kl(make, scored):
+    units, reference = rollouts(0), cases.params("reference")
+    assert make().update(units)[0]["kl"] == 0.0
+    assert scored == []
+    learner = make(reference=reference, objective=dataclasses.replace(cases.OBJECTIVE, kl_coefficient=0.1))
+    flat, new = log_probs(snapshot(learner.state.trainable), units)
+    metrics, _ = learner.update(units)
+    assert len(scored) == 1
+    assert_equal(scored[0], reference)
+    np.testing.assert_allclose(metrics["kl"], token_means(flat, new, log_probs(reference, units)[1])[1], rtol=1e-4)
+    assert metrics["kl"] > 0.01
+    learner.update(rollouts(1))
+    assert_equal(scored[1], reference)
+
+
+def no_kernel(*_):
+    raise AssertionError("rollouts that are refused must not reach a device")
+
+
+def spoil_reward(units):
+    units[1].rewards[3] = np.nan
+    return units
+
+
+def spoil_preference(units):
+    records = (dataclasses.replace(units[1].prompt_records[0], preference_id=cases.K), *units[1].prompt_records[1:])
+    return units[0], dataclasses.replace(units[1], prompt_records=records)
+
+
+def spoil_version(units):
+    return units[0], dataclasses.replace(units[1], work=Work(index=1, step=0, version=1))
+
+
+@pytest.mark.parametrize(
+    "spoil, match",
+    [(spoil_reward, "reward nan of prompt prompt-1-0"), (spoil_preference, r"preference id 3, outside \[0, 3\)"), (spoil_version, "weight version 1")],
+)
+def test_what_is_refused_leaves_no_trace(spoil, match, make):
+    learner = make(advantage_kernel=no_kernel)
+    state, versions, digest = learner.state, learner.versions, checkpoints.state_sha256(learner.state)
+    with pytest.raises(ValueError, match=match) as caught:
+        learner.update(spoil(rollouts(0)))
+    assert "\n" not in str(caught.value)
+    assert learner.state is state and learner.versions is versions and learner.step == 0
+    assert checkpoints.state_sha256(learner.state) == digest
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(make):
+    """Rewards near the largest float32 are finite; their sum is not."""
+    learner = make()
+    learner.update(rollouts(0))
+    learner.save(wait=True)
+    digest = checkpoints.state_sha256(learner.state)
+    units = rollouts(1)
+    units[0].rewards[:] = 3e38
+    with pytest.raises(FloatingPointError, match=r"^loss = nan at step 2 is not finite: the last checkpoint is good; [^\n]*$"):
+        learner.update(units)
+    resumed = make()
+    assert resumed.restore() and resumed.step == 1
+    assert checkpoints.state_sha256(resumed.state) == digest
+
+
+def test_advantages_come_back_in_canonical_order(make):
+    """GRPO by a loop, for units whose completions lie in mixed order and are fewer than G for one prompt."""
+    rng = np.random.default_rng(0)
+    units = []
+    for unit in rollouts(0):
+        rows = rng.permutation(len(unit.rewards))[:-1]
+        per_row = ("completions", "completion_lengths", "prompt_index", "behaviour_log_probs", "truncated", "rewards")
+        changes = {name: getattr(unit, name)[rows] for name in per_row} | {"texts": tuple(unit.texts[i] for i in rows)}
+        units.append(dataclasses.replace(unit, **changes))
+    metrics, advantages = make(preset="grpo").update(tuple(units))
+    expected = []
+    for unit in units:
+        for i, reward in enumerate(unit.rewards):
+            own = np.float64(unit.rewards[unit.prompt_index == unit.prompt_index[i]])
+            expected.append((reward - own.mean()) / (own.std() + 1e-6))
+    np.testing.assert_allclose(advantages, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(metrics["reward"], np.concatenate([u.rewards for u in units]).mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_devices", [2, 4, 8])
+def test_devices_do_not_change_the_update(num_devices, make):
+    """Float32 sums in another order: three updates stay within 1e-5 of the gradient and 1e-4 of the way the parameters went."""
+    one, many = make(), make(num_devices=num_devices)
+    compiled = update.update._cache_size()
+    for step in range(3):
+        expected, expected_advantages = one.update(rollouts(step))
+        metrics, advantages = many.update(rollouts(step))
+        np.testing.assert_allclose(advantages, expected_advantages, rtol=1e-5, atol=1e-6)
+        for name, value in expected.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert update.update._cache_size() <= compiled + 2, "one program for each number of devices, not one for each step"
+    moments, expected_moments = (snapshot(learner.state.optimiser[1][0].mu) for learner in (many, one))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), moments, expected_moments)
+    weights, expected_weights, start = snapshot(many.state.trainable), snapshot(one.state.trainable), cases.params("policy")
+    distance = lambda a, b: np.sqrt(sum(np.sum((x - y) ** 2) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))))  # noqa: E731
+    assert distance(weights, expected_weights) < 1e-4 * distance(expected_weights, start)
+    for leaf in jax.tree.leaves(many.state):
+        assert leaf.sharding.is_fully_replicated and len(leaf.sharding.device_set) == num_devices
+
+
+def test_a_restored_learner_goes_on_to_the_bit(make):
+    schedule = Schedule(reload=2, accept=4)
+    whole = make(schedule=schedule)
+    for step in range(3):
+        whole.update(rollouts(step, schedule))
+    whole.save(wait=True)
+    resumed = make(schedule=schedule)
+    assert resumed.restore() and resumed.step == 3
+    assert set(resumed.versions) == set(whole.versions) == {0, 2}
+    for step in range(3, 7):
+        (expected, _), (metrics, _) = whole.update(rollouts(step, schedule)), resumed.update(rollouts(step, schedule))
+        assert metrics == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
+    assert checkpoints.state_sha256(resumed.state) == checkpoints.state_sha256(whole.state)
+    for version in (2, 4, 6):
+        assert (version in resumed.versions) == (version in whole.versions)
+    assert checkpoints.state_sha256(resumed.versions) == checkpoints.state_sha256(whole.versions)
+
+
+def test_nothing_to_restore(make):
+    learner = make()
+    assert learner.restore() is False and learner.step == 0
+
+
+# --- metrics
+
+
+def test_describe_equals_a_loop():
+    """Preference group 2 is not in the batch; rows that pad hold garbage."""
+    rng = np.random.default_rng(3)
+    batch = dataclasses.replace(cases.batch("describe"), preference_ids=rng.integers(0, 2, cases.P).astype(np.int32))
+    batch.rewards[~batch.valid] = 1e9
+    batch.rewards[8:12] = 0.25  # prompt 2: all completions earn the same
+    valid = batch.valid.copy()
+    valid[16:20] = False  # prompt 4: no completion at all
+    batch = dataclasses.replace(batch, valid=valid)
+    advantages = np.where(valid, rng.normal(size=len(valid)), 77.0).astype(np.float32)
+    rows = [(float(batch.rewards[i]), float(advantages[i]), int(batch.preference_ids[batch.prompt_index[i]]), i) for i in np.flatnonzero(valid)]
+    counts = [sum(k == p for _, _, k, _ in rows) for p in range(3)]
+    floats = {name: rng.random(3).astype(np.float32) for name in ("batch_std", "advantage_scale", "bias", "history_mean", "history_std")}
+    means = np.array([np.mean([r for r, _, k, _ in rows if k == p]) if counts[p] else 0 for p in range(3)], np.float32)
+    diagnostics = Diagnostics(batch_count=np.array(counts, np.int32), batch_mean=means, history_count=np.array([5, 0, 9], np.int32), **floats)
+    metrics = learners.describe(batch, advantages, diagnostics)
+
+    rewards, kept = [r for r, *_ in rows], [a for _, a, *_ in rows]
+    dead = 0
+    for p in range(cases.P):
+        own = {float(batch.rewards[i]) for i in range(len(valid)) if valid[i] and batch.prompt_index[i] == p}
+        dead += len(own) <= 1
+    expected = {
+        "reward": sum(rewards) / len(rows),
+        "reward_std": np.std(rewards),
+        "advantage_mean": sum(kept) / len(rows),
+        "advantage_std": np.std(kept),
+        "advantage_scale": sum(floats["advantage_scale"][k] for _, _, k, _ in rows) / len(rows),
+        "advantage_bias": sum(floats["bias"][k] for _, _, k, _ in rows) / len(rows),
+        "dead_prompts": dead / cases.P,
+        "length": sum(batch.completion_mask[i].sum() for *_, i in rows) / len(rows),
+    }
+    for p in range(3):
+        own = [r for r, _, k, _ in rows if k == p]
+        expected |= {
+            f"preference_group/{p}/reward": sum(own) / len(own) if own else np.nan,
+            f"preference_group/{p}/count": len(own),
+            f"preference_group/{p}/history_count": [5, 0, 9][p],
+        }
+        for name in ("advantage_scale", "bias", "history_mean", "history_std"):
+            expected[f"preference_group/{p}/{name}"] = floats[name][p]
+    assert metrics.keys() == expected.keys() and counts[2] == 0 and dead >= 2
+    for name, value in expected.items():
+        assert type(metrics[name]) is float
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)

@@ -1,0 +1,134 @@
+"""Every bound of a configuration: one line with value, bound and remedy, all of them at once; and what the settings become."""
+
+import pytest
+import small_config
+
+from pgrpo_jax import settings
+from pgrpo_jax.assembly import check_task, load_base, load_task
+from pgrpo_jax.generation.sampler import Support
+from pgrpo_jax.models.tokenizer import ByteTokenizer
+from pgrpo_jax.tasks import letters
+
+
+def errors(num_devices=8, **changes):
+    with pytest.raises(settings.ConfigError) as error:
+        settings.check(small_config.config(**changes), num_devices=num_devices)
+    return str(error.value).splitlines()
+
+
+def test_the_small_configuration_runs():
+    settings.check(small_config.config(), num_devices=8)
+    settings.check(small_config.config(learner__num_devices=0), num_devices=4)
+
+
+BAD = [
+    ({"preset": "ppo"}, "preset is 'ppo', must be one of grpo, p_grpo: set config.preset"),
+    ({"engine": "warp"}, "engine = 'warp' is unknown: use one of inline"),
+    ({"task__name": "chess"}, "task.name = 'chess' is unknown: use one of movielens, letters"),
+    ({"model__dtype": "int8"}, "model.dtype = 'int8' is unknown: use one of float32, bfloat16"),
+    ({"optimiser__schedule": "step"}, "optimiser.schedule = 'step' is unknown: use one of constant, cosine, linear"),
+    ({"num_steps": 0}, "num_steps = 0 is below 1: set it to at least 1"),
+    ({"completions_per_prompt": 1}, "completions_per_prompt = 1 is below 2: one completion has nothing to be compared with; set it to at least 2"),
+    ({"generation__temperature": 0.0}, "generation.temperature = 0.0 is not above 0: use generation.top_k=1 for greedy answers"),
+    ({"generation__temperature": float("nan")}, "generation.temperature = nan is not above 0: use generation.top_k=1 for greedy answers"),
+    ({"generation__top_p": 1.5}, "generation.top_p = 1.5 is outside (0, 1]: 1 switches it off"),
+    ({"generation__prompt_buckets": (64, 32)}, "generation.prompt_buckets = (64, 32) is not a rising list of lengths: for example (64, 128)"),
+    ({"generation__prompt_buckets": ()}, "generation.prompt_buckets = () is not a rising list of lengths: for example (64, 128)"),
+    ({"optimiser__learning_rate": float("inf")}, "optimiser.learning_rate = inf is not above 0: 1e-6 to 1e-4 are usual"),
+    ({"optimiser__b1": 1.0}, "optimiser.b1 = 1.0 is outside [0, 1): 0.9 is usual"),
+    ({"optimiser__b2": -0.1}, "optimiser.b2 = -0.1 is outside [0, 1): 0.99 is usual"),
+    ({"optimiser__eps": 0.0}, "optimiser.eps = 0.0 is not above 0: AdamW would divide by 0; 1e-8 is usual"),
+    ({"algorithm__clip_low": 2.0}, "clip_low is 2.0, must be in (0, 1]: set config.algorithm.clip_low"),
+    ({"algorithm__std_floor": float("nan")}, "algorithm.std_floor = nan is below 0: set it to at least 0"),
+    ({"algorithm__epsilon": 0.0, "algorithm__std_floor": 0.0},
+     "algorithm.epsilon + algorithm.std_floor = 0.0 is 0: a preference history of equal rewards would divide by 0; set one above 0"),
+    ({"staleness__reload": 2},
+     "staleness.accept = 1 is below staleness.reload = 2: it would need versions of the future; set accept >= reload"),
+    ({"staleness__lag": 1}, "staleness.lag = 1 is outside [0, accept - reload = 0]: rollouts would be too old to accept"),
+    ({"prompts_per_work": 3}, "prompts_per_step = 4 is not divisible by prompts_per_work = 3: change one of them"),
+    ({"learner__micro_batches": 3}, "prompts_per_step = 4 is not divisible by learner.micro_batches = 3: change one of them"),
+    ({"learner__num_devices": 3}, "prompts_per_step / learner.micro_batches = 4 is not divisible by "
+     "the learner's devices (learner.num_devices, 0 = all) = 3: change one of them"),
+    ({"learner__num_devices": 0}, "prompts_per_step / learner.micro_batches = 4 is not divisible by "
+     "the learner's devices (learner.num_devices, 0 = all) = 8: change one of them"),
+    ({"learner__num_devices": 16, "prompts_per_step": 16},
+     "learner.num_devices = 16 is more than the 8 local devices: lower it, or 0 for all"),
+    ({"evaluation__prompts_per_work": 3}, "evaluation.num_prompts = 8 is not divisible by evaluation.prompts_per_work = 3: change one of them"),
+    ({"model__random__num_heads": 0}, "model.random.num_heads = 0 is below 1: set it to at least 1"),
+    ({"model__random__num_kv_heads": 3},
+     "num_heads is 2, must be a multiple of num_kv_heads 3: each key/value head serves the same number of query heads"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, line", BAD, ids=[",".join(changes) for changes, _ in BAD])
+def test_one_line_for_one_error(changes, line):
+    assert errors(**changes) == [line]
+
+
+@pytest.mark.parametrize("key", sorted(settings._AT_LEAST))
+def test_every_lower_bound_is_checked(key):
+    least = settings._AT_LEAST[key]
+    lines = errors(**{key.replace(".", "__"): least - 1})
+    assert any(line.startswith(f"{key} = {least - 1}") and line.endswith(f" is below {least}: set it to at least {least}") for line in lines)
+
+
+def test_every_error_is_listed_at_once():
+    lines = errors(preset="ppo", prompts_per_work=3, completions_per_prompt=1, staleness__reload=2, engine="warp", learner__micro_batches=0)
+    for part in ("preset is 'ppo'", "prompts_per_work = 3", "completions_per_prompt = 1", "staleness.reload = 2", "engine = 'warp'", "micro_batches = 0"):
+        assert sum(part in line for line in lines) == 1, part
+    assert len(lines) == 6
+
+
+def test_prompts_must_fit():
+    task = load_task(small_config.config())
+    with pytest.raises(ValueError, match="^prompt of 23 tokens is longer than the largest bucket of 16: shorten it or extend generation.prompt_buckets$"):
+        load_base(small_config.config(generation__prompt_buckets=(8, 16)), task)
+    with pytest.raises(ValueError, match=r"^prompts of 23 tokens \(bucket 40\) and answers of generation.max_new_tokens = 4 exceed .*context of 43 tokens: "):
+        load_base(small_config.config(model__random__context_length=43), task)
+    load_base(small_config.config(model__random__context_length=44), task)
+
+
+@pytest.mark.parametrize("path, error", [("nothing.gguf", FileNotFoundError), ("empty.gguf", ValueError)])
+def test_a_model_file_that_can_not_be_read(path, error, tmp_path):
+    (tmp_path / "empty.gguf").write_bytes(b"")
+    with pytest.raises(error, match=str(tmp_path / path)) as raised:
+        load_base(small_config.config(model__path=str(tmp_path / path)), load_task(small_config.config()))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def task(**changes):
+    made = vars(letters.load("", seed=0, num_preference_groups=3)) | changes
+    return letters.Letters(**made)
+
+
+def test_a_task_is_checked_before_the_model_is_loaded():
+    check_task(task(), num_held_out=128)
+    train, test = (task().split_prompts[split] for split in ("train", "test"))
+    for split, empty in (("train", {"train": (), "test": test}), ("test", {"train": train, "test": ()})):
+        with pytest.raises(ValueError, match=f"^the {split} split has 0 prompts, at least 1 is needed: check the files in task.data_dir$"):
+            check_task(task(split_prompts=empty), num_held_out=1)
+    with pytest.raises(ValueError, match=r"^prompt \S+ has preference id 2, outside \[0, 2\): fix the task or set task.num_preference_groups$"):
+        check_task(task(num_preference_groups=2), num_held_out=1)
+    with pytest.raises(ValueError, match="^evaluation.num_prompts = 129 is above the task's 128 held-out prompts: lower it"):
+        check_task(task(), num_held_out=129)
+
+
+def test_a_task_without_its_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        load_task(small_config.config(task__name="movielens", task__data_dir=str(tmp_path / "nothing")))
+
+
+def test_what_the_settings_become():
+    config = small_config.config(
+        algorithm__clip_high=0.5, preset="grpo", learner__passes_per_batch=3, optimiser__warmup_steps=2, generation__top_k=7,
+        generation__temperature=0.5, staleness__accept=3, generation__prompt_buckets=(8, 40),
+    )  # fmt: skip
+    learner = settings.learner_settings(config, ByteTokenizer())
+    assert (learner.objective.clip_low, learner.objective.clip_high, learner.objective.kl_coefficient) == (0.2, 0.5, 0.0)
+    assert learner.objective.support == Support(temperature=0.5, top_k=7, top_p=1.0)  # the sampler's own
+    assert settings.generation_settings(config, ByteTokenizer()).support == learner.objective.support
+    assert (learner.optimiser.warmup_steps, learner.optimiser.num_updates) == (2 * 3, 12 * 3)  # in optimiser steps
+    assert (learner.schedule.reload, learner.schedule.accept, learner.schedule.lag) == (1, 3, 1)
+    assert settings.generation_settings(config, ByteTokenizer()).prompt_buckets == (8, 40)
+    assert settings.advantage_options(config) == {"num_prompts": 4, "epsilon": 1e-6, "std_floor": 1e-3, "min_count": 8}
+    assert settings.advantage_options(small_config.config(algorithm__min_count=0))["min_count"] == 0

@@ -1,0 +1,270 @@
+"""The loop on a real, tiny model: resumed runs are the same runs to the bit, records are whole, errors touch nothing."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import small_config
+
+from pgrpo_jax import metrics
+from pgrpo_jax.preemption import EXIT_PREEMPTED, Stop
+from pgrpo_jax.rollout_files import load_rollouts
+from pgrpo_jax.run_directory import RunDirectory
+from pgrpo_jax.structs import Prompt, Rollouts, Work
+from pgrpo_jax.tasks import TASKS, letters
+from pgrpo_jax.train import check_workdir, generation_metrics, samples_of, train
+
+WALL_CLOCK = {"wall_secs", "generation_secs", "update_secs", "checkpoint_secs", "tokens_per_sec"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def standard_promotion():
+    """optax relies on dtype promotion in arithmetic of its own; that of this package is tested strictly, module by module."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+class StopAt(Stop):
+    """Asks to stop when the run looks for the n-th time, as a signal at that moment would."""
+
+    def __init__(self, count):
+        super().__init__()
+        self._left = count
+
+    def check(self, phase):
+        self._left -= 1
+        if self._left == 0:
+            self._on_signal(None, None)
+        super().check(phase)
+
+    def _on_signal(self, number, frame):
+        self.requested = True
+
+
+def run(workdir, stop=None, **changes):
+    return train(small_config.config(**changes), identity=small_config.identity(**changes), workdir=workdir, stop=stop or Stop())
+
+
+def records(workdir):
+    directory = RunDirectory(workdir)
+    summary = directory.summary()
+    return {
+        "metrics": [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in directory.metrics()],
+        "samples": directory.samples(),
+        "evaluations": directory.evaluations(),
+        "sha256": summary["state_sha256"],
+        "evaluation": summary["evaluation"],
+        "work": [[unit.work for unit in load_rollouts(path)] for path in sorted((pathlib.Path(workdir) / "rollouts").iterdir())],
+    }
+
+
+def files(directory):
+    return {path: path.read_bytes() for path in sorted(pathlib.Path(directory).rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert run(workdir) == 0
+    return workdir
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return pathlib.Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+SCHEDULES = {
+    "(1, 2)": {"staleness__reload": 1, "staleness__accept": 2},
+    "(4, 8)": {"staleness__reload": 4, "staleness__accept": 8},
+    "(2, 8) lag 5": {"staleness__reload": 2, "staleness__accept": 8, "staleness__lag": 5},
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_stopped_run_goes_on_with_the_versions_it_had(schedule, tmp_path):
+    changes = SCHEDULES[schedule] | {"algorithm__kl_coefficient": 0.1}
+    assert run(tmp_path / "whole", **changes) == 0
+    stops = 0
+    for count in (3, 13, 9, 11):  # in the evaluation before, then at several places of several steps
+        stops += run(tmp_path / "torn", StopAt(count), **changes) == EXIT_PREEMPTED
+    assert stops == 4 and not (tmp_path / "torn" / "summary.json").exists()
+    assert run(tmp_path / "torn", **changes) == 0
+    whole, torn = records(tmp_path / "whole"), records(tmp_path / "torn")
+    assert [line["step"] for line in torn["metrics"]] == list(range(1, 13))
+    assert {line["staleness"] for line in torn["metrics"]} != {0.0}
+    check_keys(RunDirectory(tmp_path / "torn").metrics())
+    assert whole["metrics"][-1]["kl"] > 0 and whole["metrics"][-1]["old_kl"] > 0  # it has left the reference and what generated
+    for part, value in whole.items():
+        assert torn[part] == value, part
+
+
+def test_eight_devices_resume_to_the_bit(tmp_path):
+    changes = {"prompts_per_step": 8, "num_steps": 4, "learner__num_devices": 8, "evaluation__num_prompts": 4}
+    assert run(tmp_path / "whole", **changes) == 0
+    assert run(tmp_path / "torn", StopAt(12), **changes) == EXIT_PREEMPTED
+    assert 0 < len(RunDirectory(tmp_path / "torn").metrics()) < 4
+    assert run(tmp_path / "torn", **changes) == 0
+    assert records(tmp_path / "torn") == records(tmp_path / "whole")
+
+
+def check_keys(lines):
+    assert {metrics.describe(key).name for line in lines for key in line} == {metric.name for metric in metrics.METRICS}
+    assert all(line.keys() == lines[0].keys() for line in lines)
+
+
+def test_every_metric_is_recorded_and_described(finished):
+    lines = RunDirectory(finished).metrics()
+    check_keys(lines)
+    assert {line["kl"] for line in lines} == {line["old_kl"] for line in lines} == {0.0}
+    assert {line["ratio"] for line in lines} == {1.0}
+
+
+def test_a_finished_run_is_left_alone(copy, capsys):
+    before = files(copy)
+    assert run(copy) == 0
+    shown = capsys.readouterr().out
+    assert RunDirectory(copy).summary()["state_sha256"] in shown and "step 12/12" not in shown
+    assert files(copy) == before
+
+
+def test_other_evaluation_settings_evaluate_a_finished_run_anew(copy):
+    before = RunDirectory(copy).summary()
+    assert run(copy, evaluation__num_prompts=12) == 0
+    after = RunDirectory(copy).summary()
+    assert after["state_sha256"] == before["state_sha256"]
+    assert [after["evaluation"][side]["num_prompts"] for side in ("before", "after")] == [12, 12]
+    assert run(copy) == 0
+    assert RunDirectory(copy).summary()["evaluation"] == before["evaluation"]  # the untrained policy's as well, from its own weights
+
+
+def test_an_evaluation_that_was_deleted_is_made_again(copy):
+    before = (copy / "evaluation_000000.json").read_text()
+    (copy / "evaluation_000000.json").unlink()
+    assert run(copy) == 0
+    assert (copy / "evaluation_000000.json").read_text() == before
+
+
+def test_stopped_before_the_first_step_leaves_no_checkpoint(tmp_path, capsys):
+    assert run(tmp_path / "a", StopAt(1)) == EXIT_PREEMPTED  # before the model is loaded
+    assert not (tmp_path / "a").exists()
+    assert run(tmp_path / "b", StopAt(4)) == EXIT_PREEMPTED  # in the evaluation before
+    assert not any((tmp_path / "b" / "checkpoints").iterdir()) and not RunDirectory(tmp_path / "b").metrics()
+    assert "run the same command to go on" in capsys.readouterr().out
+
+
+@dataclasses.dataclass(frozen=True)
+class Faulty(letters.Letters):
+    """A task with a strange reward for one prompt of the third step."""
+
+    strange: float
+
+    def reward(self, prompt, answer):
+        verdict = super().reward(prompt, answer)
+        poisoned = self.prompts("train", 2, 4)[1].prompt_id
+        return dataclasses.replace(verdict, total=self.strange) if prompt.prompt_id == poisoned else verdict
+
+
+def give(monkeypatch, strange):
+    monkeypatch.setitem(TASKS, "letters", lambda *args, **kwargs: Faulty(**vars(letters.load(*args, **kwargs)), strange=strange))
+
+
+def test_a_reward_that_is_no_number_ends_the_run_between_two_records(monkeypatch, tmp_path):
+    give(monkeypatch, float("nan"))
+    with pytest.raises(ValueError, match=r"^reward nan of prompt train-\d+-\d, answer .* is not finite: .*fix the task's reward$"):
+        run(tmp_path)
+    assert [line["step"] for line in RunDirectory(tmp_path).metrics()] == [1, 2]
+    assert [step.name for step in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    monkeypatch.undo()
+    assert run(tmp_path, StopAt(5)) == EXIT_PREEMPTED  # the checkpoint is whole
+    assert (tmp_path / "checkpoints" / "2").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_between_two_records(monkeypatch, tmp_path):
+    give(monkeypatch, 3e38)
+    with pytest.raises(FloatingPointError, match=r"^(loss|grad_norm) = (nan|inf) at step \d+ is not finite: .*optimiser.learning_rate"):
+        run(tmp_path)
+    assert [line["step"] for line in RunDirectory(tmp_path).metrics()] == [1, 2]
+    assert [step.name for step in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_with_every_difference(copy):
+    before = files(copy)
+    with pytest.raises(ValueError) as error:
+        run(copy, optimiser__learning_rate=0.5, preset="grpo", metrics__samples_every=1)
+    message = str(error.value)
+    assert "\n" not in message and "use another --workdir" in message
+    assert "optimiser.learning_rate: 0.003 there, 0.5 here" in message and "preset: p_grpo there, grpo here" in message
+    assert "samples_every" not in message and files(copy) == before
+
+
+def largest(directory):
+    return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def test_a_corrupt_checkpoint_is_refused_and_nothing_is_touched(copy):
+    victim = largest(copy / "checkpoints" / "12" / "state")
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    victim.write_bytes(content)
+    before = files(copy)
+    with pytest.raises(ValueError, match=r"^checkpoint \S+/12 is corrupt .*: delete that directory to go on from the step before it$"):
+        run(copy)
+    assert files(copy) == before
+    shutil.rmtree(copy / "checkpoints" / "12")
+    assert run(copy) == 0  # the remedy it names
+
+
+def test_check_workdir(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    check_workdir(tmp_path)
+    check_workdir(tmp_path / "new" / "deeper")
+    check_workdir("gs://bucket/run")
+    monkeypatch.chdir(tmp_path)
+    check_workdir("relative/new")
+    for path in ("file", "file/run", "file/run/deeper"):
+        with pytest.raises(NotADirectoryError, match=rf"^--workdir \S*{path}: \S*/?file is a file, a directory is needed: give another path$"):
+            check_workdir(tmp_path / path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(PermissionError, match=r"may not be written to: give another path"):
+        check_workdir(tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def rollouts_of(index, rewards, lengths, secs):
+    """Two prompts, two completions each."""
+    prompts = tuple(Prompt(prompt_id=f"p{index}{i}", text=f"question {index}{i}", preference_id=i, facts={}) for i in range(2))
+    zeros = np.zeros((4, 3))
+    return Rollouts(
+        work=Work(index=index, step=0, version=0), prompt_records=prompts, prompts=zeros[:2].astype(np.int32),
+        prompt_lengths=np.array([3, 3], np.int32), completions=zeros.astype(np.int32), completion_lengths=np.array(lengths, np.int32),
+        prompt_index=np.array([0, 0, 1, 1], np.int32), behaviour_log_probs=zeros.astype(np.float32),
+        truncated=np.array(lengths) == 3, texts=tuple(f"answer {index}{i}" for i in range(4)), rewards=np.array(rewards, np.float32),
+        reward_components={"answered": np.array([r > 0 for r in rewards], np.float32)}, generation_secs=secs,
+    )  # fmt: skip
+
+
+UNITS = [rollouts_of(0, [0, 1, 0.5, 0], [3, 1, 2, 3], 0.5), rollouts_of(1, [0, 0, 0.25, 0], [1, 1, 1, 1], 1.5)]
+
+
+def test_generation_metrics():
+    assert generation_metrics(UNITS) == {"answered": 3 / 8, "truncated": 2 / 8, "generation_secs": 2.0, "tokens_per_sec": 13 / 2.0}
+    assert np.isnan(generation_metrics([dataclasses.replace(UNITS[0], generation_secs=0.0)])["tokens_per_sec"])
+
+
+def test_samples_of():
+    samples = samples_of(UNITS, np.arange(8.0), step=7)
+    assert json.loads(json.dumps(samples)) == samples and len(samples) == 8
+    assert samples[6] == {
+        "step": 7, "prompt_id": "p11", "preference_id": 1, "prompt": "question 11", "answer": "answer 12", "reward": 0.25,
+        "advantage": 6.0, "truncated": False,
+    }  # fmt: skip
+    with pytest.raises(ValueError):
+        samples_of(UNITS, np.arange(7.0), step=7)
+
+

@@ -1,0 +1,296 @@
+"""The update: its gradient against finite differences, its slices against the whole, its optimiser against NumPy."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import learner_cases as cases
+import numpy as np
+import optax
+import pytest
+
+from pgrpo_jax import batching, parallel
+from pgrpo_jax import update as updates
+from pgrpo_jax.algorithms import reward_history
+from pgrpo_jax.generation.scoring import score
+from pgrpo_jax.learner import initial_state
+from pgrpo_jax.models import transformer
+from pgrpo_jax.structs import TrainState
+
+QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time; the arithmetic of a program is the same
+WITH_KL = dataclasses.replace(cases.OBJECTIVE, clip_high=0.3, kl_coefficient=0.3)
+
+
+def model(dtype) -> transformer.Transformer:
+    return transformer.Transformer(cases.CONFIG, dtype=jnp.dtype(dtype))
+
+
+@functools.cache
+def example(dtype=np.float32):
+    """(params, batch, advantages, old log-probs, reference log-probs): ratios on both sides of both clip bounds, garbage as padding."""
+    with jax.enable_x64(True):
+        params, batch = cases.params("policy", np.float64), cases.batch("batch", np.float64)
+        scored = jax.jit(functools.partial(score, model(np.float64)), static_argnums=2, compiler_options=QUICK)
+        log_probs, entropies = jax.device_get(scored(params, batch, WITH_KL.support))
+        rng = cases.named("noise")
+        old, reference = (log_probs + rng.normal(0, scale, log_probs.shape) for scale in (0.4, 0.5))
+        advantages = rng.normal(0.3, 1.0, len(batch.rewards))
+        counted = batch.completion_mask & batch.valid[:, None]
+        for values in (old, reference):
+            values[~counted] = rng.choice([np.nan, np.inf, 1e9], (~counted).sum())
+        advantages[~batch.valid] = np.nan
+        to = lambda tree: jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float64 else x, tree)  # noqa: E731
+        return *to((params, batch, advantages, old, reference)), log_probs, entropies
+
+
+@functools.cache
+def accumulated(count: int, dtype=np.float32, settings=WITH_KL, on_policy=False, reference=True):
+    """`update.accumulate` over `count` slices of the example, on the host."""
+    params, batch, advantages, old, fixed, *_ = example(dtype)
+    cut = lambda x: x.reshape(count, -1, *x.shape[1:])  # noqa: E731
+    with jax.enable_x64(dtype == np.float64):
+        program = jax.jit(updates.accumulate, static_argnums=(1, 2), compiler_options=QUICK)
+        parts = batching.micro_batches(batch, count), cut(advantages), None if on_policy else cut(old), cut(fixed) if reference else None
+        return jax.device_get(program(params, model(dtype), settings, *parts))
+
+
+def loop() -> tuple[float, dict[str, float]]:
+    """Loss and token sums of the example from its log-probs, token by token."""
+    _, batch, advantages, old, reference, log_probs, entropies = example(np.float64)
+    loss, sums = 0.0, dict.fromkeys(("token_count", "clip_fraction", "ratio", "kl", "entropy", "mismatch/mean"), 0.0)
+    gaps = []
+    for i in np.flatnonzero(batch.valid):
+        length = int(batch.completion_mask[i].sum())
+        for t in range(length):
+            ratio, advantage, d = math.exp(log_probs[i, t] - old[i, t]), float(advantages[i]), reference[i, t] - log_probs[i, t]
+            bounded = min(max(ratio, 1 - WITH_KL.clip_low), 1 + WITH_KL.clip_high)
+            surrogate, kl = min(ratio * advantage, bounded * advantage), math.exp(d) - d - 1
+            loss -= (surrogate - WITH_KL.kl_coefficient * kl) / length
+            gaps.append(abs(log_probs[i, t] - batch.behaviour_log_probs[i, t]))
+            values = 1, surrogate != ratio * advantage, ratio, kl, entropies[i, t], gaps[-1]
+            sums = {name: total + value for (name, total), value in zip(sums.items(), values, strict=True)}
+    return loss / batch.valid.sum(), sums | {"completion_count": batch.valid.sum(), "largest": max(gaps)}
+
+
+def test_loss_and_sums_equal_the_loop():
+    _, loss, sums, largest = accumulated(2, np.float64)
+    expected, expected_sums = loop()
+    assert 10 < expected_sums["clip_fraction"] < expected_sums["token_count"] - 10, "the clip is active on some tokens only"
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+    np.testing.assert_allclose(largest, expected_sums.pop("largest"), rtol=1e-12)
+    assert sums.keys() == expected_sums.keys() | {"old_kl"}
+    for name, value in expected_sums.items():
+        np.testing.assert_allclose(sums[name], value, rtol=1e-11, err_msg=name)
+
+
+def directions(params):
+    """Random directions over all parameters, over one leaf at a time, and single parameters of every leaf."""
+    leaves, tree = jax.tree.flatten(params)
+    rng = cases.named("directions")
+    for seed in range(3):
+        yield f"direction {seed}", tree.unflatten([rng.normal(size=x.shape) for x in leaves])
+    for number, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+        for place in rng.integers(0, leaf.size, 3):
+            one = [np.zeros(x.shape) for x in leaves]
+            one[number].reshape(-1)[place] = 1.0
+            yield f"{jax.tree_util.keystr(path)}[{place}]", tree.unflatten(one)
+        yield jax.tree_util.keystr(path), tree.unflatten([rng.normal(size=x.shape) if i == number else np.zeros(x.shape) for i, x in enumerate(leaves)])
+
+
+def test_gradient_equals_finite_differences():
+    with jax.enable_x64(True):
+        params, *parts, _, _ = example(np.float64)
+
+        def loss(at):
+            total, (sums, _) = updates.loss_sums(at, model(np.float64), WITH_KL, *parts)
+            return total / sums["completion_count"]
+
+        loss = jax.jit(loss, compiler_options=QUICK)
+        gradient, *_ = accumulated(2, np.float64)
+        moved = 0
+        for name, direction in directions(params):
+            step = 1e-5 / math.sqrt(sum(float(np.sum(x * x)) for x in jax.tree.leaves(direction)))
+            up, down = (jax.tree.map(lambda x, d: x + sign * step * d, params, direction) for sign in (1, -1))
+            numeric = float(loss(up) - loss(down)) / (2 * step)
+            exact = sum(float(np.sum(g * d)) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction)))
+            np.testing.assert_allclose(exact, numeric, rtol=1e-6, atol=1e-9 / step * 1e-5, err_msg=name)
+            moved += abs(numeric) > 1e-6
+    assert moved >= 40, "most directions change the loss"
+
+
+def relative(a, b) -> float:
+    """|a - b| / |b| of two trees, in the norm over all leaves."""
+    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return math.sqrt(sum(float(np.sum((x - y) ** 2)) for x, y in pairs) / sum(float(np.sum(y**2)) for _, y in pairs))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_slicing_is_invisible(count):
+    batch = example()[1]
+    per_slice = batch.valid.reshape(count, -1).sum(axis=1), batch.completion_mask.reshape(count, -1).sum(axis=1)
+    assert all(len(set(values)) > 1 for values in per_slice), "means of means would differ: the slices are uneven"
+    options = {"settings": cases.OBJECTIVE, "on_policy": True, "reference": False}
+    whole, sliced = accumulated(1, **options), accumulated(count, **options)
+    assert relative(sliced[0], whole[0]) < 1e-6
+    np.testing.assert_allclose(sliced[1], whole[1], atol=1e-6)
+    np.testing.assert_array_equal(sliced[2]["completion_count"], whole[2]["completion_count"])
+    assert sliced[3] == whole[3]
+
+
+def test_the_policy_that_generated_is_its_own_old_policy():
+    """Without old log-probs the ratio is exactly 1; the gradient is the one with the policy's own log-probs as the old ones."""
+    params, batch, advantages, *_, log_probs, _ = example()
+    settings = cases.OBJECTIVE
+    gradient, _, sums, _ = accumulated(1, settings=settings, on_policy=True, reference=False)
+    assert sums["clip_fraction"] == 0 and sums["ratio"] == sums["token_count"] and "kl" not in sums
+    scored = updates.score_slices(params, cases.MODEL, settings.support, batching.micro_batches(batch, 2)).reshape(log_probs.shape)
+    np.testing.assert_allclose(scored, log_probs, atol=5e-5)
+
+    def loss(at):
+        new = score(cases.MODEL, at, batch, settings.support)[0]
+        mask = batch.completion_mask & batch.valid[:, None]
+        per_token = jnp.where(mask, jnp.exp(new - scored) * np.where(batch.valid, advantages, 0)[:, None], 0)
+        lengths = np.maximum(mask.sum(axis=1), 1).astype(np.float32)
+        return -jnp.sum(per_token.sum(axis=1) / lengths) / float(batch.valid.sum())
+
+    assert relative(gradient, jax.jit(jax.grad(loss), compiler_options=QUICK)(params)) < 1e-5
+
+
+# --- the optimiser; optax promotes dtypes implicitly, hence the fixture
+
+
+@pytest.fixture
+def lenient():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def settings(**changes) -> updates.OptimiserSettings:
+    return dataclasses.replace(cases.OPTIMISER, **changes)
+
+
+SCHEDULES = {
+    "constant": [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+    "linear": [0.25, 0.5, 0.75, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0],
+    "cosine": [0.25, 0.5, 0.75, 1] + [0.5 + 0.5 * math.cos(math.pi * n / 8) for n in range(9)],
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_learning_rate_table(schedule):
+    rate = updates.learning_rate(settings(schedule=schedule, warmup_steps=4, num_updates=12, learning_rate=2e-4))
+    np.testing.assert_allclose([rate(n) for n in range(13)], 2e-4 * np.array(SCHEDULES[schedule]), rtol=1e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize("warmup_steps, expected", [(0, [1, 2 / 3, 1 / 3]), (1, [1, 1, 1 / 2]), (3, [1 / 3, 2 / 3, 1]), (9, [1 / 9, 2 / 9, 3 / 9])])
+def test_warm_up_of_any_length(warmup_steps, expected):
+    rate = updates.learning_rate(settings(schedule="linear", warmup_steps=warmup_steps, num_updates=3, learning_rate=1.0))
+    np.testing.assert_allclose([rate(n) for n in range(3)], expected, rtol=1e-6)
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match=r"^optimiser.schedule = 'exponential' is unknown: use one of constant, cosine, linear$"):
+        updates.learning_rate(settings(schedule="exponential"))
+
+
+def adamw(params, gradients, s, rates):
+    """AdamW (arXiv:1711.05101, algorithm 2) after a limit on the global norm, in float64; decay on all but norms."""
+    params = {name: np.float64(x) for name, x in params.items()}
+    first, second = ({name: np.zeros_like(x) for name, x in params.items()} for _ in range(2))
+    for t, (grads, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        norm = math.sqrt(sum(float(np.sum(np.float64(g) ** 2)) for g in grads.values()))
+        factor = min(1.0, s.clip_norm / norm) if s.clip_norm else 1.0
+        for name, g in grads.items():
+            g = np.float64(g) * factor
+            first[name] = s.b1 * first[name] + (1 - s.b1) * g
+            second[name] = s.b2 * second[name] + (1 - s.b2) * g * g
+            ascent = first[name] / (1 - s.b1**t) / (np.sqrt(second[name] / (1 - s.b2**t)) + s.eps)
+            decay = 0.0 if "norm" in name else s.weight_decay
+            params[name] = params[name] - rate * (ascent + decay * params[name])
+    return params
+
+
+@pytest.mark.parametrize("clip_norm, weight_decay", [(0.0, 0.0), (0.0, 0.3), (1.0, 0.3)])
+def test_optimiser_equals_numpy(lenient, clip_norm, weight_decay):
+    s = settings(schedule="cosine", warmup_steps=2, num_updates=8, learning_rate=0.05, clip_norm=clip_norm, weight_decay=weight_decay)
+    rng = np.random.default_rng(0)
+    shapes = {"embedding": (5, 3), "layers_attention_norm": (2, 3), "final_norm": (3,), "query": (2, 3, 1, 3)}
+    params = {name: rng.normal(1, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+    # norms on both sides of the limit: the clip is active on some steps only
+    gradients = [{name: rng.normal(0, scale, shape).astype(np.float32) for name, shape in shapes.items()} for scale in (0.5, 0.05, 2.0, 0.1, 0.02)]
+    optimiser = updates.make_optimiser(s)
+
+    @jax.jit
+    def step(state, params, grads):
+        changes, state = optimiser.update(grads, state, params)
+        return state, optax.apply_updates(params, changes)
+
+    found, state = params, optimiser.init(params)
+    for grads in gradients:
+        state, found = step(state, found, grads)
+    expected = adamw(params, gradients, s, [float(updates.learning_rate(s)(n)) for n in range(len(gradients))])
+    for name in params:
+        np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, err_msg=name)
+
+
+def test_weight_decay_leaves_every_norm_of_the_model_alone(lenient):
+    """With gradient 0 only the decay moves parameters."""
+    params = cases.params("policy")
+    optimiser = updates.make_optimiser(settings(weight_decay=0.1, learning_rate=0.5))
+    changes, _ = jax.jit(optimiser.update)(jax.tree.map(jnp.zeros_like, params), optimiser.init(params), params)
+    decayed = {jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_leaves_with_path(changes) if np.any(x)}
+    assert decayed == {"['embedding']"} | {f"['layers']['{name}']" for name in ("query", "key", "value", "output", "gate", "up", "down")}
+    np.testing.assert_allclose(changes["embedding"], -0.05 * params["embedding"], rtol=1e-5)
+
+
+# --- the compiled update
+
+
+MESH = parallel.data_mesh(jax.devices()[:1])
+
+
+def fresh() -> TrainState:
+    return parallel.replicate(initial_state(cases.params("policy"), reward_history.init(cases.K), cases.OPTIMISER), MESH)
+
+
+def whole(batch, advantages):
+    """One slice, laid out as the learner does it."""
+    return parallel.shard_rows((batching.micro_batches(batch, 1), advantages[None]), MESH, axis=1)
+
+
+def test_update_makes_one_step_and_donates_its_state(lenient):
+    params, batch, advantages, *_ = example()
+    before = fresh()
+    held = jax.tree.leaves((before.trainable, before.optimiser))
+    parts = whole(batch, advantages)
+    state, scalars = updates.update(before, cases.MODEL, cases.OBJECTIVE, cases.OPTIMISER, *parts, None, None)
+    assert all(leaf.is_deleted() for leaf in held), "the buffers of the state are reused: memory for one state, not two"
+
+    gradient, loss, sums, largest = accumulated(1, settings=cases.OBJECTIVE, on_policy=True, reference=False)
+    optimiser = updates.make_optimiser(cases.OPTIMISER)
+    changes, _ = jax.jit(optimiser.update)(gradient, optimiser.init(params), params)
+    assert relative(jax.tree.map(lambda new, old: new - old, state.trainable, params), changes) < 1e-2  # m / sqrt(v) near g = 0 is rounding
+    moments = state.optimiser[1][0].mu
+    norm = float(optax.tree.norm(gradient))
+    assert norm > cases.OPTIMISER.clip_norm
+    assert relative(jax.tree.map(lambda m: m / (1 - cases.OPTIMISER.b1) * norm, moments), gradient) < 1e-5, "clipped to norm 1"
+    for name, expected in {"loss": loss, "grad_norm": norm, "mismatch/max": largest, "ratio": 1.0, "clip_fraction": 0.0}.items():
+        np.testing.assert_allclose(scalars[name], expected, rtol=1e-5, err_msg=name)
+    for name in ("entropy", "mismatch/mean"):
+        np.testing.assert_allclose(scalars[name], sums[name] / sums["token_count"], rtol=1e-5, err_msg=name)
+    assert int(state.step) == 0 and not np.any(state.history.count), "steps and rewards are counted by the learner"
+
+
+def test_a_batch_that_only_pads_changes_nothing(lenient):
+    """All rows masked: gradient 0 and no division by 0."""
+    batch = dataclasses.replace(cases.batch("batch"), valid=np.zeros(cases.P * cases.G, bool))
+    before = fresh()
+    kept = cases.params("policy")
+    parts = whole(batch, np.full(cases.P * cases.G, np.nan, np.float32))
+    state, scalars = updates.update(before, cases.MODEL, cases.OBJECTIVE, cases.OPTIMISER, *parts, None, None)
+    assert scalars["loss"] == 0 and scalars["grad_norm"] == 0
+    decay = 1 - cases.OPTIMISER.learning_rate * cases.OPTIMISER.weight_decay
+    np.testing.assert_allclose(state.trainable["embedding"], decay * kept["embedding"], rtol=1e-6)
+    np.testing.assert_array_equal(state.trainable["final_norm"], kept["final_norm"])
