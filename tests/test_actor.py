@@ -109,8 +109,8 @@ def test_fields_agree():
             name: np.float32(value) for name, value in verdict.components.items()
         }
     assert len(set(r.rewards.tolist())) > 1
-    dtypes = [x.dtype for x in (r.prompts, r.prompt_lengths, r.completions, r.completion_lengths, r.prompt_index, r.behaviour_log_probs, r.rewards)]
-    assert dtypes == [np.int32] * 5 + [np.float32] * 2 and r.truncated.dtype == bool
+    whole = (r.prompts, r.prompt_lengths, r.completions, r.completion_lengths, r.prompt_index)
+    assert [x.dtype for x in (*whole, r.behaviour_log_probs, r.rewards, r.truncated)] == [np.int32] * 5 + [np.float32] * 2 + [bool]
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_generated():

@@ -171,9 +171,8 @@ def test_filling_behind_a_prompt_changes_nothing():
     padded, lengths = engine.pad_prompts(PROMPTS, buckets=(5,), pad_id=2)
     rubbish = np.where(np.arange(5)[None, :] < lengths[:, None], padded, 17).astype(np.int32)
     assert np.any(rubbish != padded)
-    ours, other = (
-        engine.generate(TINY, PARAMS, rows, lengths, jax.random.key(0), completions_per_prompt=4, settings=settings()) for rows in (padded, rubbish)
-    )
+    run = functools.partial(engine.generate, TINY, PARAMS, completions_per_prompt=4, settings=settings())
+    ours, other = (run(prompts=rows, lengths=lengths, key=jax.random.key(0)) for rows in (padded, rubbish))
     chex.assert_trees_all_equal(vars(ours), vars(other))
 
 

@@ -21,7 +21,9 @@ SHAPES = {
     "two query heads for each key head": {},
     "one key head": dict(num_kv_heads=1),
     "as many key heads": dict(num_kv_heads=4),
-    "odd sizes, untied": dict(num_layers=3, width=15, mlp_width=7, num_heads=9, num_kv_heads=3, head_dim=2, vocab_size=13, tied_embeddings=False),
+    "odd sizes, untied": dict(
+        num_layers=3, width=15, mlp_width=7, num_heads=9, num_kv_heads=3, head_dim=2, vocab_size=13, tied_embeddings=False
+    ),
     "one of everything": dict(num_layers=1, width=1, mlp_width=1, num_heads=1, num_kv_heads=1, head_dim=2, vocab_size=2),
 }  # fmt: skip
 
