@@ -73,7 +73,10 @@ class Checkpoints:
             record = {"identity": self._identity, "versions": sorted(versions), "sha256": digests}
             items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()} | {"record": ocp.args.JsonSave(record)}
             if not self._manager.save(step, args=ocp.args.Composite(**items)):
-                raise CheckpointError(f"checkpoint of step {step} was refused in {self._directory}: newest step there is {self.latest_step()}")
+                raise CheckpointError(
+                    f"checkpoint of step {step} was refused in {self._directory}, the newest step there is {self.latest_step()}: "
+                    "use another --workdir, or delete the steps that are newer"
+                )
         if wait:
             self._manager.wait_until_finished()
 
@@ -131,9 +134,9 @@ class Checkpoints:
         return f"checkpoint {self._directory / str(step)} is corrupt ({reason}): delete that directory to go on from the step before it"
 
     def _check_identity(self, step: int, found: Mapping[str, Any]) -> None:
-        keys = sorted(set(found) | set(self._identity))
-        absent = "(absent)"
-        differences = [f"{k}: {found.get(k, absent)} there, {self._identity.get(k, absent)} here" for k in keys if found.get(k) != self._identity.get(k)]
+        keys, absent = sorted(set(found) | set(self._identity)), "(absent)"
+        pairs = [(key, found.get(key, absent), self._identity.get(key, absent)) for key in keys]
+        differences = [f"{key}: {there} there, {here} here" for key, there, here in pairs if there != here]
         if differences:
             raise CheckpointError(
                 f"checkpoint {self._directory / str(step)} belongs to another run ({'; '.join(differences)}): "

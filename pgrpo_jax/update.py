@@ -69,7 +69,8 @@ def learning_rate(settings: OptimiserSettings) -> optax.Schedule:
     if settings.warmup_steps == 0:
         return after
     # The first update already moves: a step size of 0 would waste a batch of rollouts.
-    warmup = optax.linear_schedule(settings.learning_rate / settings.warmup_steps, settings.learning_rate, max(1, settings.warmup_steps - 1))
+    first = settings.learning_rate / settings.warmup_steps
+    warmup = optax.linear_schedule(first, settings.learning_rate, max(1, settings.warmup_steps - 1))
     return optax.join_schedules([warmup, after], [settings.warmup_steps])
 
 

@@ -181,7 +181,11 @@ def spoil_version(units):
 
 @pytest.mark.parametrize(
     "spoil, match",
-    [(spoil_reward, "reward nan of prompt prompt-1-0"), (spoil_preference, r"preference id 3, outside \[0, 3\)"), (spoil_version, "weight version 1")],
+    [
+        (spoil_reward, "reward nan of prompt prompt-1-0"),
+        (spoil_preference, r"preference id 3, outside \[0, 3\)"),
+        (spoil_version, "weight version 1"),
+    ],
 )
 def test_what_is_refused_leaves_no_trace(spoil, match, make):
     learner = make(advantage_kernel=no_kernel)
@@ -284,11 +288,13 @@ def test_describe_equals_a_loop():
     valid[16:20] = False  # prompt 4: no completion at all
     batch = dataclasses.replace(batch, valid=valid)
     advantages = np.where(valid, rng.normal(size=len(valid)), 77.0).astype(np.float32)
-    rows = [(float(batch.rewards[i]), float(advantages[i]), int(batch.preference_ids[batch.prompt_index[i]]), i) for i in np.flatnonzero(valid)]
+    preference = batch.preference_ids[batch.prompt_index]
+    rows = [(float(batch.rewards[i]), float(advantages[i]), int(preference[i]), i) for i in np.flatnonzero(valid)]
     counts = [sum(k == p for _, _, k, _ in rows) for p in range(3)]
     floats = {name: rng.random(3).astype(np.float32) for name in ("batch_std", "advantage_scale", "bias", "history_mean", "history_std")}
     means = np.array([np.mean([r for r, _, k, _ in rows if k == p]) if counts[p] else 0 for p in range(3)], np.float32)
-    diagnostics = Diagnostics(batch_count=np.array(counts, np.int32), batch_mean=means, history_count=np.array([5, 0, 9], np.int32), **floats)
+    integers = {"batch_count": np.array(counts, np.int32), "history_count": np.array([5, 0, 9], np.int32)}
+    diagnostics = Diagnostics(batch_mean=means, **integers, **floats)
     metrics = learners.describe(batch, advantages, diagnostics)
 
     rewards, kept = [r for r, *_ in rows], [a for _, a, *_ in rows]
