@@ -1,6 +1,7 @@
 """Checkpoints: one atomic Orbax step holds the whole `TrainState`, the weight versions that later steps need, and the run's identity."""
 
 import hashlib
+import os
 from typing import Any, Mapping
 
 import jax
@@ -47,7 +48,9 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, *, identity: Mapping[str, Any], keep: int = 2, read_only: bool = False):
-        self._directory, self._identity = epath.Path(directory), dict(identity)
+        path = epath.Path(directory)
+        self._directory = path if "://" in os.fspath(path) else path.absolute()  # Orbax refuses relative paths, in its write thread
+        self._identity = dict(identity)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, cleanup_tmp_directories=not read_only)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 

@@ -62,7 +62,9 @@ class Run:
     def evaluation_before(self) -> dict[str, Any]:
         """Returns the evaluation of the untrained policy, whose parameters are let go afterwards; a resumed run finds it on record."""
         trained, untrained, self._untrained = self.learner.state.trainable, self._untrained, None
-        return self._evaluation(trained if self.learner.step == 0 else jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), untrained, trained), 0)
+        if self.learner.step == 0:
+            return self._evaluation(trained, 0)
+        return self._evaluation(jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), untrained, trained), 0)
 
     def evaluation_after(self) -> dict[str, Any]:
         """Returns the evaluation of the policy as it is now."""
@@ -159,11 +161,14 @@ def train(config: Any, *, identity: dict[str, Any], workdir: epath.PathLike, sto
             if run.resumed:
                 console.note(f"resumed from step {learner.step} in {run.directory.path}")
             try:
+                asked = f"{config.evaluation.num_prompts} users, {config.evaluation.completions_per_prompt} answers each"
+                console.note(f"held-out evaluation of the untrained policy: {asked}")
                 before = run.evaluation_before()
                 if learner.step == 0:
                     console.evaluation(before, None)
                 run.loop(console)
                 learner.save(wait=True)
+                console.note(f"held-out evaluation of the trained policy: {asked}")
                 after = run.evaluation_after()
             except Preempted as reason:
                 if learner.step > 0:

@@ -240,6 +240,13 @@ def test_unfinished_steps_are_ignored(tmp_path, opened):
 # --- checkpoints that can not be used
 
 
+def test_a_relative_directory(tmp_path, opened, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    opened("run/checkpoints").save(state(4), {}, wait=True)
+    restored, _ = opened(tmp_path / "run" / "checkpoints").restore(state(0))
+    assert state_sha256(restored) == state_sha256(state(4))
+
+
 def test_no_checkpoint(tmp_path, opened):
     message = refusal(lambda: opened(tmp_path).restore(state(0)))
     assert str(tmp_path) in message and "no committed checkpoint" in message and "--workdir" in message
