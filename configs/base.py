@@ -46,7 +46,7 @@ KEYS = {
     "generation.temperature": Key(1.0, "identity", "> 0; the learner uses the same"),
     "generation.top_k": Key(0, "identity", "0 = off; the learner renormalises on the same support"),
     "generation.top_p": Key(1.0, "identity", "(0, 1]; 1 = off; as top_k"),
-    "generation.prompt_buckets": Key((64, 128, 256, 512, 1024), "identity", "padded prompt lengths, tokens, ascending; one compilation each"),
+    "generation.prompt_buckets": Key((64, 128, 256, 512, 1024), "identity", "padded prompt lengths, tokens, rising; one compilation each"),
     # staleness (RLAX, arXiv:2512.06392): the version that generates step s is a fixed function of s
     "staleness.reload": Key(1, "identity", "j: actors load new weights every j versions"),
     "staleness.accept": Key(1, "identity", "k >= j: a rollout is trained on while 0 <= step - version < k"),

@@ -23,7 +23,8 @@ def get_config():
     config.algorithm.kl_coefficient = 0.0
     config.optimiser.learning_rate = 3e-3
     config.evaluation.num_prompts = 32
-    config.evaluation.prompts_per_work = 16
+    config.evaluation.prompts_per_work = 4  # with 8 completions each, as in training: one compilation serves both
+    config.evaluation.completions_per_prompt = 8
     config.checkpoint.save_every = 10
     config.metrics.samples_every = 10
     return config

@@ -45,7 +45,8 @@ def _main(program: Callable[..., int], argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> list[str]:
     """Sets the flags. An unknown key would leave ml_collections as a traceback, so the keys are looked up first."""
     keys = [match[1] for argument in argv[1:] if (match := re.match(r"--?(?:no)?config\.([^=]*)", argument))]
-    errors = [f"configuration key {key!r} is unknown{_close_to(key)}: see configs/base.py for every key" for key in keys if key not in base.KEYS]
+    unknown = [key for key in keys if key not in base.KEYS]
+    errors = [f"configuration key {key!r} is unknown{_close_to(key)}: see configs/base.py for every key" for key in unknown]
     if not errors:
         errors = _set_flags(argv)
     if errors:
@@ -58,7 +59,8 @@ def _set_flags(argv: Sequence[str]) -> list[str]:
         unexpected = flags.FLAGS(argv)[1:]
         base.identity(_CONFIG.value)  # a file that could not be read shows only here
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        return [f"{str(error).strip().splitlines()[-1].strip().rstrip('.')}: {_USAGE}"]  # before its last line, ml_collections tells how it looked
+        reason = str(error).strip().splitlines()[-1]  # on the lines before, ml_collections tells how it looked
+        return [f"{reason.strip().rstrip('.')}: {_USAGE}"]
     return [f"argument {argument!r} is unexpected: {_USAGE}" for argument in unexpected]
 
 

@@ -31,7 +31,9 @@ class Schedule:
         if j < 1:
             raise ValueError(f"staleness.reload = {j} is below 1: actors load weights every j >= 1 versions")
         if k < j:
-            raise ValueError(f"staleness.accept = {k} is below staleness.reload = {j}: it would need versions of the future; set accept >= reload")
+            raise ValueError(
+                f"staleness.accept = {k} is below staleness.reload = {j}: it would need versions of the future; set accept >= reload"
+            )
         if self.lag is None:
             object.__setattr__(self, "lag", min(k - j, j))
         if not 0 <= self.lag <= k - j:

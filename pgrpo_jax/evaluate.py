@@ -48,14 +48,15 @@ def evaluate_run(config: Any, *, identity: dict[str, Any], workdir: epath.PathLi
         if not learner.restore():
             raise FileNotFoundError(missing)
         actor = assembly.make_evaluator(config, base, task)
-        record = evaluation(directory, actor, learner.state.trainable, step=learner.step, num_prompts=config.evaluation.num_prompts, stop=stop)
+        weights, num_prompts = learner.state.trainable, config.evaluation.num_prompts
+        record = evaluation(directory, actor, weights, step=learner.step, num_prompts=num_prompts, stop=stop)
     except Preempted:
         return EXIT_PREEMPTED
     finally:
         checkpoints.close()
     console = Console(config.num_steps, start_step=learner.step)
     console.note(f"step {learner.step} of {directory.path}")
-    console.evaluation(recorded(directory, actor, step=0, num_prompts=config.evaluation.num_prompts), record)
+    console.evaluation(recorded(directory, actor, step=0, num_prompts=num_prompts), record)
     return 0
 
 

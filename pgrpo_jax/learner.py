@@ -155,7 +155,7 @@ class Learner:
         counted = {"step": np.int32(self.step), "next_work": np.int32(rollouts[-1].work.index + 1), "history": history}
         self.state = self.state.replace(**parallel.replicate(counted, self._mesh))
         self._offer_versions()
-        metrics = {"kl": 0.0} | {name: float(value) for name, value in scalars.items()}
+        metrics = {"kl": float("nan")} | {name: float(value) for name, value in scalars.items()}  # without a reference: not measured
         metrics["staleness"] = float(self.step - 1 - rollouts[0].work.version)
         metrics["learning_rate"] = float(self._learning_rate(self.step * s.passes_per_batch - 1))
         rows = batching.completion_rows(rollouts, completions_per_prompt=s.completions_per_prompt)

@@ -69,7 +69,9 @@ def check(config: Any, *, num_devices: int) -> None:
         if not _get(config, key) >= least
     ]
     errors += [
-        f"{key} = {_get(config, key)!r} is unknown: use one of {', '.join(known)}" for key, known in _ONE_OF.items() if _get(config, key) not in known
+        f"{key} = {_get(config, key)!r} is unknown: use one of {', '.join(known)}"
+        for key, known in _ONE_OF.items()
+        if _get(config, key) not in known
     ]
     errors += _check_numbers(config)
     for build in (schedule, preset, lambda c: learning_rate(optimiser_settings(c)), _random_model_if_any):
@@ -93,7 +95,8 @@ def _check_numbers(config: Any) -> list[str]:
     rules = [
         (config.completions_per_prompt >= 2, "completions_per_prompt", config.completions_per_prompt,
          "below 2: one completion has nothing to be compared with; set it to at least 2"),
-        (math.isfinite(g.temperature) and g.temperature > 0, "generation.temperature", g.temperature, "not above 0: use generation.top_k=1 for greedy answers"),
+        (math.isfinite(g.temperature) and g.temperature > 0, "generation.temperature", g.temperature,
+         "not above 0: use generation.top_k=1 for greedy answers"),
         (0 < g.top_p <= 1, "generation.top_p", g.top_p, "outside (0, 1]: 1 switches it off"),
         (bool(buckets) and buckets == sorted(set(buckets)) and buckets[0] >= 1, "generation.prompt_buckets", tuple(buckets),
          "not a rising list of lengths: for example (64, 128)"),
@@ -103,7 +106,8 @@ def _check_numbers(config: Any) -> list[str]:
         (0 <= config.optimiser.b2 < 1, "optimiser.b2", config.optimiser.b2, "outside [0, 1): 0.99 is usual"),
         (config.optimiser.eps > 0, "optimiser.eps", config.optimiser.eps, "not above 0: AdamW would divide by 0; 1e-8 is usual"),
         (config.algorithm.epsilon + config.algorithm.std_floor != 0, "algorithm.epsilon + algorithm.std_floor",
-         config.algorithm.epsilon + config.algorithm.std_floor, "0: a preference history of equal rewards would divide by 0; set one above 0"),
+         config.algorithm.epsilon + config.algorithm.std_floor,
+         "0: a preference history of equal rewards would divide by 0; set one above 0"),
     ]  # fmt: skip
     return [f"{key} = {value} is {problem}" for holds, key, value, problem in rules if not holds]
 

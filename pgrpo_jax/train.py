@@ -64,6 +64,10 @@ class Run:
         trained, untrained, self._untrained = self.learner.state.trainable, self._untrained, None
         if self.learner.step == 0:
             return self._evaluation(trained, 0)
+        num_prompts = self._config.evaluation.num_prompts
+        record = evaluate.recorded(self.directory, self._evaluator, step=0, num_prompts=num_prompts)
+        if record is not None:
+            return record
         return self._evaluation(jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), untrained, trained), 0)
 
     def evaluation_after(self) -> dict[str, Any]:
@@ -245,5 +249,6 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     """A nested configuration as {dotted key: plain value}."""
     flat = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if hasattr(value, "items") else {f"{prefix}{key}": list(value) if isinstance(value, tuple) else value}
+        plain = list(value) if isinstance(value, tuple) else value
+        flat |= _flat(value, f"{prefix}{key}.") if hasattr(value, "items") else {f"{prefix}{key}": plain}
     return flat

@@ -75,7 +75,8 @@ class Simulation:
         self.schedule, self.num_steps, self.step, self.work_per_step = schedule, num_steps, first_step, work_per_step
         self.random = random.Random(seed)
         self.next_work = 100 + first_step * work_per_step
-        self.controller = Controller(schedule, num_steps=num_steps, first_step=first_step, next_work=self.next_work, work_per_step=work_per_step)
+        sizes = {"num_steps": num_steps, "first_step": first_step, "next_work": self.next_work, "work_per_step": work_per_step}
+        self.controller = Controller(schedule, **sizes)
         self.running, self.past, self.issued, self.taken = [], [], [], []
 
     def submit(self):

@@ -28,11 +28,13 @@ BAD = [
     ({"model__dtype": "int8"}, "model.dtype = 'int8' is unknown: use one of float32, bfloat16"),
     ({"optimiser__schedule": "step"}, "optimiser.schedule = 'step' is unknown: use one of constant, cosine, linear"),
     ({"num_steps": 0}, "num_steps = 0 is below 1: set it to at least 1"),
-    ({"completions_per_prompt": 1}, "completions_per_prompt = 1 is below 2: one completion has nothing to be compared with; set it to at least 2"),
+    ({"completions_per_prompt": 1},
+     "completions_per_prompt = 1 is below 2: one completion has nothing to be compared with; set it to at least 2"),
     ({"generation__temperature": 0.0}, "generation.temperature = 0.0 is not above 0: use generation.top_k=1 for greedy answers"),
     ({"generation__temperature": float("nan")}, "generation.temperature = nan is not above 0: use generation.top_k=1 for greedy answers"),
     ({"generation__top_p": 1.5}, "generation.top_p = 1.5 is outside (0, 1]: 1 switches it off"),
-    ({"generation__prompt_buckets": (64, 32)}, "generation.prompt_buckets = (64, 32) is not a rising list of lengths: for example (64, 128)"),
+    ({"generation__prompt_buckets": (64, 32)},
+     "generation.prompt_buckets = (64, 32) is not a rising list of lengths: for example (64, 128)"),
     ({"generation__prompt_buckets": ()}, "generation.prompt_buckets = () is not a rising list of lengths: for example (64, 128)"),
     ({"optimiser__learning_rate": float("inf")}, "optimiser.learning_rate = inf is not above 0: 1e-6 to 1e-4 are usual"),
     ({"optimiser__b1": 1.0}, "optimiser.b1 = 1.0 is outside [0, 1): 0.9 is usual"),
@@ -53,7 +55,8 @@ BAD = [
      "the learner's devices (learner.num_devices, 0 = all) = 8: change one of them"),
     ({"learner__num_devices": 16, "prompts_per_step": 16},
      "learner.num_devices = 16 is more than the 8 local devices: lower it, or 0 for all"),
-    ({"evaluation__prompts_per_work": 3}, "evaluation.num_prompts = 8 is not divisible by evaluation.prompts_per_work = 3: change one of them"),
+    ({"evaluation__prompts_per_work": 3},
+     "evaluation.num_prompts = 8 is not divisible by evaluation.prompts_per_work = 3: change one of them"),
     ({"model__random__num_heads": 0}, "model.random.num_heads = 0 is below 1: set it to at least 1"),
     ({"model__random__num_kv_heads": 3},
      "num_heads is 2, must be a multiple of num_kv_heads 3: each key/value head serves the same number of query heads"),
@@ -69,21 +72,23 @@ def test_one_line_for_one_error(changes, line):
 def test_every_lower_bound_is_checked(key):
     least = settings._AT_LEAST[key]
     lines = errors(**{key.replace(".", "__"): least - 1})
-    assert any(line.startswith(f"{key} = {least - 1}") and line.endswith(f" is below {least}: set it to at least {least}") for line in lines)
+    about = [line for line in lines if line.startswith(f"{key} = {least - 1}")]
+    assert any(line.endswith(f" is below {least}: set it to at least {least}") for line in about)
 
 
 def test_every_error_is_listed_at_once():
     lines = errors(preset="ppo", prompts_per_work=3, completions_per_prompt=1, staleness__reload=2, engine="warp", learner__micro_batches=0)
-    for part in ("preset is 'ppo'", "prompts_per_work = 3", "completions_per_prompt = 1", "staleness.reload = 2", "engine = 'warp'", "micro_batches = 0"):
+    parts = ["preset is 'ppo'", "prompts_per_work = 3", "completions_per_prompt = 1", "staleness.reload = 2", "engine = 'warp'"]
+    for part in [*parts, "micro_batches = 0"]:
         assert sum(part in line for line in lines) == 1, part
     assert len(lines) == 6
 
 
 def test_prompts_must_fit():
     task = load_task(small_config.config())
-    with pytest.raises(ValueError, match="^prompt of 23 tokens is longer than the largest bucket of 16: shorten it or extend generation.prompt_buckets$"):
+    with pytest.raises(ValueError, match="^prompt of 23 tokens is longer than the largest bucket of 16: .*generation.prompt_buckets$"):
         load_base(small_config.config(generation__prompt_buckets=(8, 16)), task)
-    with pytest.raises(ValueError, match=r"^prompts of 23 tokens \(bucket 40\) and answers of generation.max_new_tokens = 4 exceed .*context of 43 tokens: "):
+    with pytest.raises(ValueError, match=r"^prompts of 23 tokens \(bucket 40\) and answers of .* = 4 exceed .* of 43 tokens: "):
         load_base(small_config.config(model__random__context_length=43), task)
     load_base(small_config.config(model__random__context_length=44), task)
 
@@ -107,7 +112,7 @@ def test_a_task_is_checked_before_the_model_is_loaded():
     for split, empty in (("train", {"train": (), "test": test}), ("test", {"train": train, "test": ()})):
         with pytest.raises(ValueError, match=f"^the {split} split has 0 prompts, at least 1 is needed: check the files in task.data_dir$"):
             check_task(task(split_prompts=empty), num_held_out=1)
-    with pytest.raises(ValueError, match=r"^prompt \S+ has preference id 2, outside \[0, 2\): fix the task or set task.num_preference_groups$"):
+    with pytest.raises(ValueError, match=r"^prompt \S+ has preference id 2, outside \[0, 2\): .*set task.num_preference_groups$"):
         check_task(task(num_preference_groups=2), num_held_out=1)
     with pytest.raises(ValueError, match="^evaluation.num_prompts = 129 is above the task's 128 held-out prompts: lower it"):
         check_task(task(), num_held_out=129)

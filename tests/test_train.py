@@ -121,7 +121,7 @@ def check_keys(lines):
 def test_every_metric_is_recorded_and_described(finished):
     lines = RunDirectory(finished).metrics()
     check_keys(lines)
-    assert {line["kl"] for line in lines} == {line["old_kl"] for line in lines} == {0.0}
+    assert {line["kl"] for line in lines} == {None} and {line["old_kl"] for line in lines} == {0.0}
     assert {line["ratio"] for line in lines} == {1.0}
 
 
@@ -228,7 +228,7 @@ def test_check_workdir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_workdir("relative/new")
     for path in ("file", "file/run", "file/run/deeper"):
-        with pytest.raises(NotADirectoryError, match=rf"^--workdir \S*{path}: \S*/?file is a file, a directory is needed: give another path$"):
+        with pytest.raises(NotADirectoryError, match=rf"^--workdir \S*{path}: \S*file is a file, .*give another path$"):
             check_workdir(tmp_path / path)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(PermissionError, match=r"may not be written to: give another path"):

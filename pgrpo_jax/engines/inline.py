@@ -41,7 +41,8 @@ class InlineEngine:
         work = self._queue.popleft()
         if work.version not in self._weights:
             raise ValueError(
-                f"work unit {work.index} needs weight version {work.version}, published are {sorted(self._weights)}: publish it before submitting"
+                f"work unit {work.index} needs weight version {work.version}, published are {sorted(self._weights)}: "
+                "publish it before submitting"
             )
         return [Finished(rollouts=self._actor.rollout(self._weights[work.version], work))]
 

@@ -32,7 +32,8 @@ def test_units_come_back_in_order_one_a_poll_under_their_version():
     events = [engine.poll(timeout_secs=1.0) for _ in range(4)]
     assert [len(e) for e in events] == [1] * 4
     assert all(isinstance(e[0], Finished) for e in events[:3])
-    assert [(e[0].rollouts.work, e[0].rollouts.weights) for e in events[:3]] == [(work(3, 4), "new"), (work(1, 0), "old"), (work(2, 4), "new")]
+    came = [(e[0].rollouts.work, e[0].rollouts.weights) for e in events[:3]]
+    assert came == [(work(3, 4), "new"), (work(1, 0), "old"), (work(2, 4), "new")]
     assert events[3] == [Tick(secs=0.0)]
 
 

@@ -51,7 +51,7 @@ def test_what_is_wrong_with_the_command_line(case, tmp_path):
 
 
 def test_a_faulty_configuration_file(tmp_path):
-    (tmp_path / "faulty.py").write_text("from configs import base\ndef get_config():\n    c = base.get_config()\n    c.nope = 1\n    return c\n")
+    (tmp_path / "faulty.py").write_text("from configs import base\ndef get_config():\n    base.get_config().nope = 1\n")
     lines = program.errors(train(f"--config={tmp_path / 'faulty.py'}", f"--workdir={tmp_path / 'run'}"))
     assert len(lines) == 1 and "nope" in lines[0]
 
@@ -80,7 +80,8 @@ def test_a_corrupt_checkpoint_and_one_of_another_run(undisturbed, cache, tmp_pat
     record.write_bytes(record.read_bytes()[:-9])
     before = program.files(workdir)
     lines = program.errors(program.run(program.command(workdir, **program.LONG), cache=cache))
-    assert len(lines) == 1 and re.fullmatch(r"checkpoint \S+/40 is corrupt \(.*\): delete that directory to go on from the step before it", lines[0])
+    remedy = "delete that directory to go on from the step before it"
+    assert len(lines) == 1 and re.fullmatch(rf"checkpoint \S+/40 is corrupt \(.*\): {remedy}", lines[0])
     assert program.files(workdir) == before
 
 
@@ -105,8 +106,8 @@ def test_evaluate_without_a_checkpoint(tmp_path):
 def test_the_programs_work_from_any_directory(tmp_path):
     """Without the package being on the path: the error comes from the last check before the model."""
     config = f"--config={program.ROOT / 'configs' / 'smoke.py'}"
-    done = train(config, "--workdir=run", "--config.generation.prompt_buckets=8", cwd=tmp_path)
-    assert program.errors(done) == ["prompt of 23 tokens is longer than the largest bucket of 8: shorten it or extend generation.prompt_buckets"]
+    lines = program.errors(train(config, "--workdir=run", "--config.generation.prompt_buckets=8", cwd=tmp_path))
+    assert lines == ["prompt of 23 tokens is longer than the largest bucket of 8: shorten it or extend generation.prompt_buckets"]
     assert not (tmp_path / "run").exists()
 
 

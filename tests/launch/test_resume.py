@@ -130,7 +130,8 @@ def reference(staleness, tmp_path_factory):
 @pytest.mark.parametrize("phase", PHASES)
 def test_stopped_in_any_phase(phase, staleness, reference, cache, tmp_path):
     workdir = tmp_path / "run"
-    stopped = program.run(program.command(workdir, at=["SIGTERM", *PHASES[phase]], **staleness), cache=None if phase == "compiling" else cache)
+    line = program.command(workdir, at=["SIGTERM", *PHASES[phase]], **staleness)
+    stopped = program.run(line, cache=None if phase == "compiling" else cache)
     assert stopped.returncode == (0 if phase == "summary" else 75), stopped.stdout + stopped.stderr
     if phase in ("imports", "loading", "compiling", "evaluation before"):
         assert committed(workdir) == recorded_steps(workdir) == []
