@@ -2,7 +2,8 @@
 
     python launch/train.py --config=configs/smoke.py --workdir=/tmp/smoke
 
-Hardware: any CPU. Time: under a minute from a cold start. Expected: the held-out reward rises (numbers below).
+Hardware: any CPU. Time: 14 s from a cold start on two cores, most of it compilation. Expected: the held-out reward rises from 0.24 to
+0.58, nearly all of it in preference group 0, whose letters the policy finds first.
 """
 
 from configs import base
