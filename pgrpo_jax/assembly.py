@@ -1,14 +1,16 @@
 """Floor 5: from a checked configuration to the parts of a run, cheapest checks first."""
 
 import dataclasses
+import functools
+import itertools
 import zlib
-from typing import Any
+from typing import Any, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from pgrpo_jax import parallel, settings
-from pgrpo_jax.actor import Actor
+from pgrpo_jax.actor import Actor, Sizes
 from pgrpo_jax.algorithms import reward_history
 from pgrpo_jax.algorithms.advantages import ESTIMATORS
 from pgrpo_jax.checkpoints import Checkpoints
@@ -16,7 +18,9 @@ from pgrpo_jax.generation.engine import bucket_length
 from pgrpo_jax.learner import Learner, initial_state
 from pgrpo_jax.models import tokenizer as tokenizers
 from pgrpo_jax.models import transformer, weights
-from pgrpo_jax.tasks import TASKS, Task
+from pgrpo_jax.tasks import Task, mixture
+from pgrpo_jax.verifiers import Judge
+from pgrpo_jax.verifiers.rewards import RewardPool
 
 SPLITS = ("train", "test")
 
@@ -27,7 +31,7 @@ class Base:
 
     Attributes:
         model: the network, as actors and evaluation run it.
-        params: its parameters.
+        params: its parameters; None in an actor process, which is sent them.
         tokenizer: its tokenizer and chat template.
         sha256: digest of the file the parameters come from; "random" without one.
     """
@@ -45,7 +49,8 @@ def load_task(config: Any) -> Task:
         ValueError: a split has no prompts, a prompt's preference id is outside [0, K), or there are fewer held-out prompts than wanted.
         FileNotFoundError: the task's source files are missing.
     """
-    task = TASKS[config.task.name](config.task.data_dir, seed=config.seed, num_preference_groups=config.task.num_preference_groups)
+    per_task = config.task.num_preference_groups
+    task = mixture.load(config.task.name, config.task.data_dir, seed=config.seed, num_preference_groups=per_task)
     check_task(task, num_held_out=config.evaluation.num_prompts)
     return task
 
@@ -60,11 +65,11 @@ def check_task(task: Task, *, num_held_out: int) -> None:
     Raises:
         ValueError: as `load_task`.
     """
-    known = task.num_preference_groups
-    for split in SPLITS:
-        if (count := task.num_prompts(split)) < 1:
+    for part, split in itertools.product(mixture.parts(task), SPLITS):
+        known = part.num_preference_groups
+        if (count := part.num_prompts(split)) < 1:
             raise ValueError(f"the {split} split has {count} prompts, at least 1 is needed: check the files in task.data_dir")
-        for prompt in task.prompts(split, 0, count):
+        for prompt in part.prompts(split, 0, count):
             if not 0 <= prompt.preference_id < known:
                 raise ValueError(
                     f"prompt {prompt.prompt_id} has preference id {prompt.preference_id}, outside [0, {known}): "
@@ -77,33 +82,39 @@ def check_task(task: Task, *, num_held_out: int) -> None:
         )
 
 
-def load_base(config: Any, task: Task) -> Base:
-    """Loads tokenizer, checks that every prompt fits, and only then loads (or draws) the parameters.
+def load_base(config: Any, task: Task, *, parameters: bool = True) -> Base:
+    """Loads the tokenizer, checks that every prompt fits, and only then loads (or draws) the parameters.
+
+    Args:
+        config: every key of configs/base.py.
+        task: its prompts are checked.
+        parameters: False where the weights come from elsewhere (an actor process); `params` is then None.
 
     Raises:
         ValueError: a prompt is longer than the largest bucket, or bucket and answer exceed the model's context.
         FileNotFoundError: there is no model file.
     """
-    dtype = jnp.dtype(config.model.dtype)
-    if not config.model.path:
-        tokenizer = tokenizers.ByteTokenizer()
-        model_config = settings.random_model(config, tokenizer.vocab_size)
-        _check_lengths(config, task, tokenizer, model_config.context_length)
-        model = transformer.Transformer(model_config, dtype=dtype)
-        key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(b"model.random"))
-        return Base(model=model, params=transformer.initialise(model, key), tokenizer=tokenizer, sha256="random")
-    model_config = weights.read_config(config.model.path)
-    tokenizer = tokenizers.from_gguf(config.model.path)
+    path, dtype = config.model.path, jnp.dtype(config.model.dtype)
+    tokenizer = tokenizers.from_gguf(path) if path else tokenizers.ByteTokenizer()
+    model_config = weights.read_config(path) if path else settings.random_model(config, tokenizer.vocab_size)
     _check_lengths(config, task, tokenizer, model_config.context_length)
-    _, params = weights.load_gguf(config.model.path)
     model = transformer.Transformer(model_config, dtype=dtype)
-    return Base(model=model, params=jax.tree.map(jnp.asarray, params), tokenizer=tokenizer, sha256=weights.digest(config.model.path))
+    params = load_params(config, model) if parameters else None
+    return Base(model=model, params=params, tokenizer=tokenizer, sha256=weights.digest(path) if path else "random")
+
+
+def load_params(config: Any, model: transformer.Transformer) -> Any:
+    """Returns the parameters of the untrained policy: from the model file, or drawn."""
+    if config.model.path:
+        _, params = weights.load_gguf(config.model.path)
+        return jax.tree.map(jnp.asarray, params)
+    return transformer.initialise(model, jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(b"model.random")))
 
 
 def _check_lengths(config: Any, task: Task, tokenizer: tokenizers.Tokenizer, context_length: int) -> None:
     buckets, answer = tuple(config.generation.prompt_buckets), config.generation.max_new_tokens
-    for split in SPLITS:
-        prompts = task.prompts(split, 0, task.num_prompts(split))
+    for part, split in itertools.product(mixture.parts(task), SPLITS):
+        prompts = part.prompts(split, 0, part.num_prompts(split))
         longest = max(len(tokenizer.render_chat(p.text)) for p in prompts)
         padded = bucket_length(longest, buckets)
         if padded + answer > context_length:
@@ -113,38 +124,59 @@ def _check_lengths(config: Any, task: Task, tokenizer: tokenizers.Tokenizer, con
             )
 
 
-def make_actor(config: Any, base: Base, task: Task) -> Actor:
-    """Returns the actor that generates training rollouts."""
+def make_rewards(config: Any) -> RewardPool:
+    """Returns what judges answers; its processes start in the background. Close it."""
+    task = functools.partial(
+        mixture.load_judge,
+        config.task.name,
+        config.task.data_dir,
+        seed=config.seed,
+        num_preference_groups=config.task.num_preference_groups,
+    )
+    rewards = config.rewards
+    return RewardPool(task, num_processes=rewards.num_processes, timeout_secs=rewards.timeout_secs, on_failure=rewards.on_failure)
+
+
+def make_actor(config: Any, base: Base, task: Task, rewards: Judge) -> Actor:
+    """Returns the actor that generates training rollouts and answers held-out prompts: the same sampling, other sizes."""
     return Actor(
         model=base.model,
         tokenizer=base.tokenizer,
         task=task,
+        rewards=rewards,
         settings=settings.generation_settings(config, base.tokenizer),
-        prompts_per_work=config.prompts_per_work,
-        completions_per_prompt=config.completions_per_prompt,
+        sizes={
+            "train": Sizes(prompts_per_work=config.prompts_per_work, completions_per_prompt=config.completions_per_prompt),
+            "test": Sizes(
+                prompts_per_work=config.evaluation.prompts_per_work, completions_per_prompt=config.evaluation.completions_per_prompt
+            ),
+        },
         seed=config.seed,
     )
 
 
-def make_evaluator(config: Any, base: Base, task: Task) -> Actor:
-    """Returns the actor that answers held-out prompts: the same sampling, other sizes."""
-    sizes = {"prompts_per_work": config.evaluation.prompts_per_work, "completions_per_prompt": config.evaluation.completions_per_prompt}
-    return dataclasses.replace(make_actor(config, base, task), **sizes)
+def make_learner(config: Any, base: Base, checkpoints: Checkpoints, *, devices: Sequence[jax.Device] | None = None) -> Learner:
+    """Returns the learner before its first update; with several processes each makes its part of it.
 
-
-def make_learner(config: Any, base: Base, checkpoints: Checkpoints) -> Learner:
-    """Returns the learner before its first update."""
+    Args:
+        config: every key of configs/base.py.
+        base: the policy before training.
+        checkpoints: where the state is committed.
+        devices: what the learner may use; None = all devices of all processes.
+    """
     options, algorithm = settings.learner_settings(config, base.tokenizer), settings.preset(config)
-    devices = jax.local_devices()[: config.learner.num_devices or None]
-    kernel = parallel.advantage_kernel(ESTIMATORS[algorithm.advantage], devices, **settings.advantage_options(config))
-    history = reward_history.init(config.task.num_preference_groups)
+    used = (devices or jax.devices())[: config.learner.num_devices or None]
+    mesh = parallel.make_mesh(used, fsdp=config.learner.mesh.fsdp, tp=config.learner.mesh.tp)
+    kernel = parallel.advantage_kernel(ESTIMATORS[algorithm.advantage], used, **settings.advantage_options(config))
+    history = reward_history.init(settings.num_preference_groups(config))
     return Learner(
         dataclasses.replace(base.model, remat=config.learner.remat) if config.learner.remat else base.model,
-        initial_state(base.params, history, options.optimiser),
+        initial_state(base.params, history, options.optimiser, mesh),
         advantage_kernel=kernel,
         settings=options,
         reference=base.params if algorithm.kl_coefficient else None,
-        devices=devices,
+        load_base=functools.partial(load_params, config, base.model),
+        mesh=mesh,
         checkpoints=checkpoints,
     )
 

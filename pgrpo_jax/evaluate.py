@@ -1,18 +1,20 @@
 """Evaluation: held-out answers, what they earn per preference group, and what was learned beyond the format."""
 
+import contextlib
 from typing import Any, Sequence
 
-import jax
 import numpy as np
 from etils import epath
 
-from pgrpo_jax import assembly, settings
-from pgrpo_jax.actor import Actor
-from pgrpo_jax.checkpoints import Checkpoints
+from pgrpo_jax import batching, settings
 from pgrpo_jax.console import Console
+from pgrpo_jax.controller import Controller
+from pgrpo_jax.deployment import deploy, Deployment
+from pgrpo_jax.engines import gather
 from pgrpo_jax.preemption import EXIT_PREEMPTED, Preempted, Stop
 from pgrpo_jax.run_directory import RunDirectory
-from pgrpo_jax.structs import Rollouts, Work
+from pgrpo_jax.schedule import Schedule
+from pgrpo_jax.structs import Prompt, Rollouts
 from pgrpo_jax.tasks import Task
 
 _RESAMPLES = 2000
@@ -34,83 +36,68 @@ def evaluate_run(config: Any, *, identity: dict[str, Any], workdir: epath.PathLi
         ValueError: the configuration, the data, the model or the checkpoint can not be used.
         FileNotFoundError: there is no committed checkpoint.
     """
-    settings.check(config, num_devices=jax.local_device_count())
-    directory = RunDirectory(workdir)
-    saved = directory.path / "checkpoints"
+    settings.check(config)
+    saved = epath.Path(workdir) / "checkpoints"
     missing = f"no committed checkpoint in {saved}: give the --workdir of a run that has saved one"
     if not saved.exists():
         raise FileNotFoundError(missing)
-    task = assembly.load_task(config)
-    base = assembly.load_base(config, task)
-    checkpoints = Checkpoints(saved, identity=assembly.run_identity(identity, base), keep=config.checkpoint.keep, read_only=True)
-    learner = assembly.make_learner(config, base, checkpoints)
     try:
-        if not learner.restore():
-            raise FileNotFoundError(missing)
-        actor = assembly.make_evaluator(config, base, task)
-        weights, num_prompts = learner.state.trainable, config.evaluation.num_prompts
-        record = evaluation(directory, actor, weights, step=learner.step, num_prompts=num_prompts, stop=stop)
+        parts = deploy(config, identity=identity, workdir=workdir, stop=stop, engine="inline", read_only=True)
+        with contextlib.closing(parts):
+            if not parts.learner.restore():
+                raise FileNotFoundError(missing)
+            step = parts.learner.step
+            record = evaluation(config, parts, step=step)
+            before = recorded(parts.directory, config, step=0)
     except Preempted:
         return EXIT_PREEMPTED
-    finally:
-        checkpoints.close()
-    console = Console(config.num_steps, start_step=learner.step)
-    console.note(f"step {learner.step} of {directory.path}")
-    console.evaluation(recorded(directory, actor, step=0, num_prompts=num_prompts), record)
+    console = Console(config.num_steps, start_step=step)
+    console.note(f"step {step} of {workdir}")
+    console.evaluation(before, record)
     return 0
 
 
-def evaluation(directory: RunDirectory, actor: Actor, weights: Any, *, step: int, num_prompts: int, stop: Stop) -> dict[str, Any]:
-    """Returns the evaluation after `step` updates, made and recorded now unless one with these settings is on record.
+def evaluation(config: Any, parts: Deployment, *, step: int) -> dict[str, Any]:
+    """Returns the evaluation of the policy after `step` updates: from the records, or made now and recorded.
+
+    The random streams are the same whatever the weights, so two evaluations are paired.
 
     Args:
-        directory: the run's records.
-        actor: answers the prompts.
-        weights: of the policy after `step` updates.
-        step: updates the policy had.
-        num_prompts: held-out prompts.
-        stop: looked at between two units.
-
-    Raises:
-        Preempted: a stop was requested.
-    """
-    record = recorded(directory, actor, step=step, num_prompts=num_prompts)
-    if record is None:
-        rollouts = collect(actor, weights, version=step, num_prompts=num_prompts, stop=stop)
-        record = summarise(actor.task, rollouts, step=step)
-        directory.write_evaluation(record)
-    return record
-
-
-def recorded(directory: RunDirectory, actor: Actor, *, step: int, num_prompts: int) -> dict[str, Any] | None:
-    """Returns the evaluation on record after `step` updates, None where there is none or it was made with other settings."""
-    wanted = {
-        "step": step,
-        "num_prompts": num_prompts,
-        "completions_per_prompt": actor.completions_per_prompt,
-        "prompts_per_work": actor.prompts_per_work,
-    }
-    return next((record for record in directory.evaluations() if all(record.get(k) == v for k, v in wanted.items())), None)
-
-
-def collect(actor: Actor, weights: Any, *, version: int, num_prompts: int, stop: Stop) -> list[Rollouts]:
-    """Answers the held-out prompts; the same random streams whatever the weights, so two evaluations are paired.
-
-    Args:
-        actor: with the evaluation's units and completions per prompt.
-        weights: of the policy.
-        version: of the weights.
-        num_prompts: a multiple of the actor's prompts per unit.
-        stop: looked at between two units.
+        config: every key of configs/base.py.
+        parts: of the run.
+        step: the learner's own, or 0, the untrained policy.
 
     Raises:
         Preempted: a stop was requested; the evaluation is made again after the resume.
     """
-    rollouts = []
-    for index in range(num_prompts // actor.prompts_per_work):
-        stop.check("evaluation")
-        rollouts.append(actor.rollout(weights, Work(index=index, step=version, version=version, split="test")))
-    return rollouts
+    record = parts.agree(recorded(parts.directory, config, step=step))
+    if record is not None:
+        return record
+    parts.learner.offer(step)
+    parts.engine.publish(parts.learner)
+    wanted = config.evaluation
+    controller = Controller(
+        Schedule(),  # on-policy: units of this very version
+        num_steps=step + 1,
+        first_step=step,
+        next_work=0,
+        work_per_step=wanted.num_prompts // wanted.prompts_per_work,
+        split="test",
+        lease_secs=config.lease_secs,
+        failed_rewards=parts.verdicts("test"),
+    )
+    rollouts = gather(controller, parts.engine, step, stop=parts.stop, phase="evaluation")
+    parts.directory.write_verdicts(rollouts)
+    record = summarise(parts.task, rollouts, step=step)
+    parts.directory.write_evaluation(record)
+    return record
+
+
+def recorded(directory: RunDirectory, config: Any, *, step: int) -> dict[str, Any] | None:
+    """Returns the evaluation on record after `step` updates, None where there is none or it was made with other settings."""
+    sizes = ("num_prompts", "completions_per_prompt", "prompts_per_work")
+    wanted = {"step": step} | {name: config.evaluation[name] for name in sizes}
+    return next((record for record in directory.evaluations() if all(record.get(k) == v for k, v in wanted.items())), None)
 
 
 def summarise(task: Task, rollouts: Sequence[Rollouts], *, step: int) -> dict[str, Any]:
@@ -118,7 +105,7 @@ def summarise(task: Task, rollouts: Sequence[Rollouts], *, step: int) -> dict[st
 
     Args:
         task: judges which candidate an answer names, and knows the baselines.
-        rollouts: of `collect`.
+        rollouts: of the held-out prompts, in order; a prompt may have fewer completions where rewards failed.
         step: updates the policy had.
 
     Returns:
@@ -127,24 +114,20 @@ def summarise(task: Task, rollouts: Sequence[Rollouts], *, step: int) -> dict[st
     prompts = [p for r in rollouts for p in r.prompt_records]
     baselines = task.baselines(prompts)
     preference_ids = np.array([p.preference_id for p in prompts])
-    per_prompt = len(rollouts[0].texts) // len(rollouts[0].prompt_records)
-    rewards = np.concatenate([r.rewards for r in rollouts]).astype(np.float64).reshape(-1, per_prompt)
-    named = [task.choice(prompts[i // per_prompt], text) for i, text in enumerate(t for r in rollouts for t in r.texts)]
-    answered = np.concatenate([r.reward_components["answered"] for r in rollouts]).reshape(rewards.shape) > 0
-    first = np.array([n == 0 for n in named]).reshape(rewards.shape)
+    judged, rewards, answered, first = _tables(task, prompts, rollouts)
     gains = rewards - np.asarray(baselines["random"], np.float64)[:, None]
 
     def describe(rows: np.ndarray, name: str) -> dict[str, Any]:
         return {
             "num_prompts": int(rows.sum()),
-            "reward": _mean(rewards[rows]),
-            "answer_rate": _mean(answered[rows]),
+            "reward": _mean(rewards[rows][judged[rows]]),
+            "answer_rate": _mean(answered[rows][judged[rows]]),
             "reward_given_answer": _mean(rewards[rows][answered[rows]]),
             "first_candidate_share": _mean(first[rows][answered[rows]]),
             "advantage_over_random": interval(gains[rows], answered[rows], name=name),
             "intervals": {
-                "reward": interval(rewards[rows], np.ones_like(answered[rows]), name=name),
-                "answer_rate": interval(answered[rows].astype(np.float64), np.ones_like(answered[rows]), name=name),
+                "reward": interval(rewards[rows], judged[rows], name=name),
+                "answer_rate": interval(answered[rows].astype(np.float64), judged[rows], name=name),
             },
             "baselines": {key: _mean(np.asarray(value)[rows]) for key, value in baselines.items()},
         }
@@ -156,13 +139,32 @@ def summarise(task: Task, rollouts: Sequence[Rollouts], *, step: int) -> dict[st
     means = {p: record["reward"] for p, record in per_preference_group.items()}
     return {
         "step": step,
-        "completions_per_prompt": per_prompt,
+        "completions_per_prompt": rewards.shape[1],
         "prompts_per_work": len(rollouts[0].prompt_records),
         **describe(np.ones(len(prompts), bool), "all"),
         "worst_preference_group": min(means, key=means.get),
         "gap": max(means.values()) - min(means.values()),
         "per_preference_group": per_preference_group,
     }
+
+
+def _tables(task: Task, prompts: Sequence[Prompt], rollouts: Sequence[Rollouts]) -> tuple[np.ndarray, ...]:
+    """(judged, rewards, answered, first candidate) of every completion, [P, G] each; 0 where one was dropped."""
+    per_prompt = int(max(np.bincount(r.prompt_index, minlength=1).max() for r in rollouts))
+    order = batching.completion_rows(rollouts, completions_per_prompt=per_prompt)
+
+    def table(values: Sequence[Any]) -> np.ndarray:
+        cells = np.zeros(len(prompts) * per_prompt, np.asarray(values).dtype)
+        cells[order] = values
+        return cells.reshape(len(prompts), per_prompt)
+
+    texts = [text for r in rollouts for text in r.texts]
+    return (
+        table(np.ones(len(order), bool)),
+        table(np.concatenate([r.rewards for r in rollouts]).astype(np.float64)),
+        table(np.concatenate([r.reward_components["answered"] for r in rollouts]) > 0),
+        table(np.array([task.choice(prompts[row // per_prompt], text) == 0 for row, text in zip(order, texts, strict=True)], bool)),
+    )
 
 
 def interval(values: np.ndarray, counted: np.ndarray, *, name: str) -> dict[str, float | None]:

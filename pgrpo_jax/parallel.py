@@ -1,19 +1,29 @@
-"""Floor 1: how arrays and functions are laid out over devices.
+"""Floor 1: how arrays and functions are laid out over devices, those of several processes included.
+
+The learner's mesh has three axes: rows of a batch are split over ("data", "fsdp"), parameters and what the optimiser keeps for them over
+("fsdp", "tp") by one table (`families.SHARDED_AXES`). An actor's model lies on devices of one process, split over "tp" alone.
 
 `pmapped` is the only caller of `jax.pmap`, which JAX keeps in maintenance (it is itself jit + shard_map): should it go, that
 one function is rewritten.
 """
 
 import functools
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from pgrpo_jax.algorithms.advantages import Diagnostics, Estimator
+from pgrpo_jax.models.families import ModelConfig, parameter_shapes, SHARDED_AXES
 from pgrpo_jax.structs import RewardHistory
 
-AXIS = "devices"
+AXIS = "devices"  # of `pmapped`
+ROWS = ("data", "fsdp")  # the axes of a mesh that split the rows of a batch
+
+_WHOLE_BYTES = 1 << 26  # an array larger than this comes together layer by layer
 
 
 def pmapped(
@@ -35,26 +45,176 @@ def pmapped(
     return jax.pmap(fn, axis_name=axis_name, in_axes=in_axes, out_axes=out_axes, devices=tuple(devices))
 
 
-def data_mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
-    """Returns a mesh of one axis, over which a batch is split and parameters are replicated."""
-    return jax.sharding.Mesh(np.array(devices), (AXIS,))
-
-
-def replicate(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Puts a pytree on every device of a mesh."""
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-
-
-def shard_rows(tree: Any, mesh: jax.sharding.Mesh, *, axis: int) -> Any:
-    """Splits every array of a pytree over a mesh along one of its axes.
+def make_mesh(devices: Sequence[jax.Device], *, fsdp: int = 1, tp: int = 1) -> Mesh:
+    """Arranges devices as a mesh ("data", "fsdp", "tp"), neighbours along "tp" closest together.
 
     Args:
-        tree: arrays whose size along `axis` is a multiple of the number of devices.
-        mesh: of `data_mesh`.
+        devices: of all processes, in the same order in each.
+        fsdp: devices that share each parameter's "fsdp" axis.
+        tp: devices that share its "tp" axis. What is left, len(devices) / (fsdp * tp), is "data".
+
+    Raises:
+        ValueError: the devices do not divide.
+    """
+    if fsdp < 1 or tp < 1 or len(devices) % (fsdp * tp):
+        raise ValueError(
+            f"{len(devices)} devices do not divide into fsdp {fsdp} x tp {tp}: set learner.mesh.fsdp and learner.mesh.tp "
+            "so that their product divides the number of devices"
+        )
+    shape = (len(devices) // (fsdp * tp), fsdp, tp)
+    return jax.make_mesh(shape, (*ROWS, "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=tuple(devices))
+
+
+def layout(tree: Any, mesh: Mesh) -> Any:
+    """Returns the sharding of every array of a pytree: by the table where its last key names a parameter, else one copy on each device.
+
+    So parameters, gradients, Adam's moments and published versions lie alike, and counters and histories lie everywhere.
+
+    Args:
+        tree: arrays or shapes; parameters under the names of `families.parameter_shapes`.
+        mesh: of `make_mesh`, or one with some of its axes: what is split over another stays whole.
+    """
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else None
+        axes = SHARDED_AXES.get(name, ())
+        return NamedSharding(mesh, PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in axes)))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Puts a pytree on devices. With several processes each has all of it, and puts there only what its own devices hold.
+
+    Args:
+        tree: NumPy arrays, or arrays on this process's devices.
+        shardings: one for each leaf.
+    """
+
+    def put(leaf: Any, sharding: Sharding) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Puts a pytree on every device of a mesh."""
+    return place(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
+
+
+def shard_rows(tree: Any, mesh: Mesh, *, axis: int) -> Any:
+    """Splits every array of a pytree over a mesh along one of its axes, which holds rows of a batch.
+
+    Args:
+        tree: host arrays, the same in every process, whose size along `axis` is a multiple of the mesh's "data" x "fsdp".
+        mesh: of `make_mesh`.
         axis: the axis that is split.
     """
-    spec = jax.sharding.PartitionSpec(*[None] * axis, AXIS)
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
+    return place(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS)), tree))
+
+
+def compiled(fn: Callable[..., Any], shardings: Any, *, donate_argnums: tuple[int, ...] = (), **static: Any) -> Callable[..., Any]:
+    """Returns `jax.jit(fn)` with results that lie where they should; left to itself the compiler would choose, and layouts drift.
+
+    Args:
+        fn: a function of arrays, and of `static`.
+        shardings: of its results, a prefix of their tree; None = the compiler's choice.
+        donate_argnums: arguments whose memory is used again.
+        static: keyword arguments, hashable. Equal ones give the same program, compiled once.
+    """
+    leaves, tree = jax.tree.flatten(shardings)
+    return _compiled(fn, tree, tuple(leaves), donate_argnums, tuple(sorted(static.items())))
+
+
+@functools.cache
+def _compiled(fn: Any, tree: Any, shardings: tuple[Sharding, ...], donate_argnums: tuple[int, ...], static: tuple[tuple[str, Any], ...]):
+    return jax.jit(functools.partial(fn, **dict(static)), out_shardings=tree.unflatten(shardings), donate_argnums=donate_argnums)
+
+
+def whole(array: Any) -> Iterator[np.ndarray]:
+    """Brings an array to the host of every process, in pieces whose bytes, one after the other, are the array's (row-major).
+
+    One that is spread over processes comes together on the devices first, large stacks layer by layer. All processes must take all pieces.
+
+    Args:
+        array: a `jax.Array`, or anything that NumPy takes.
+    """
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        yield np.asarray(jax.device_get(array))
+    else:
+        yield from (np.asarray(piece.addressable_data(0)) for piece in _gathered(array))
+
+
+def _gathered(array: jax.Array) -> Iterator[jax.Array]:
+    """The array on every device of its mesh: at once, or by its first axis where it is large and that one is not split."""
+    everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
+    if array.nbytes <= _WHOLE_BYTES or array.sharding.shard_shape(array.shape)[0] < array.shape[0]:
+        yield compiled(_identity, everywhere)(array)
+        return
+    for row in range(array.shape[0]):
+        yield compiled(_row, everywhere)(array, np.int32(row))
+
+
+def _identity(array: jax.Array) -> jax.Array:
+    return array
+
+
+def _row(array: jax.Array, row: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, row, 1)
+
+
+def _join(pieces: Sequence[jax.Array]) -> jax.Array:
+    return jnp.concatenate(pieces)
+
+
+def actor_shardings(model: ModelConfig, devices: Sequence[jax.Device], *, dtype: Any) -> Any:
+    """Returns how an actor holds a model: split over "tp" on several devices, as it is on one.
+
+    Args:
+        model: the model's sizes.
+        devices: the actor's, of this process.
+        dtype: of its weights.
+
+    Returns:
+        A tree of `jax.ShapeDtypeStruct` with shardings.
+
+    Raises:
+        ValueError: heads, hidden units or vocabulary do not divide by the number of devices.
+    """
+    shapes = parameter_shapes(model)
+    if len(devices) == 1:
+        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(devices[0]), shapes)
+    else:
+        shardings = layout(shapes, Mesh(np.array(devices), ("tp",)))
+    return jax.tree.map(lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=sharding), shapes, shardings)
+
+
+def localise(weights: Any, *, model: ModelConfig, devices: Sequence[jax.Device]) -> Any:
+    """Brings weights, wherever they lie, to an actor's devices in this process, one parameter after the other.
+
+    Weights that are spread over several processes come together over the learner's devices, so all processes must call it at the same
+    place. What already lies as wanted may be shared, not copied: nobody may donate it.
+
+    Args:
+        weights: a tree of `families.parameter_shapes`, any dtype.
+        model: the model's sizes.
+        devices: the actor's, of this process.
+
+    Returns:
+        The same tree on `devices`, laid out as in `actor_shardings`.
+    """
+
+    def local(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        if leaf.is_fully_addressable:
+            return jax.device_put(leaf, like.sharding)
+        pieces = [jax.device_put(piece.addressable_data(0), like.sharding) for piece in _gathered(leaf)]
+        joined = pieces[0] if len(pieces) == 1 else compiled(_join, like.sharding)(pieces)
+        return jax.block_until_ready(joined)  # before the next one takes room for its own pieces
+
+    return jax.tree.map(local, weights, actor_shardings(model, devices, dtype=np.float32))
 
 
 def advantage_kernel(
@@ -100,7 +260,25 @@ def advantage_kernel(
     return kernel
 
 
-def _shard_rows(values: Any, num_devices: int) -> np.ndarray:
-    """[B] -> [num_devices, ceil(B / num_devices)]; padding rows are 0, and False in a mask."""
+def over_processes(kernel: Callable[..., tuple[np.ndarray, Any, Any]], num_processes: int) -> Callable[..., tuple[np.ndarray, Any, Any]]:
+    """Makes of an advantage kernel one that every process calls with the rows of *all*, and that returns the advantages of all.
+
+    Args:
+        kernel: of `advantage_kernel`.
+        num_processes: processes whose devices it runs on.
+    """
+    if num_processes == 1:
+        return kernel
+
+    def of_all(rewards, prompt_index, preference_ids, mask, history):
+        own = [_shard_rows(x, num_processes)[jax.process_index()] for x in (rewards, prompt_index, preference_ids, mask)]
+        advantages, merged, diagnostics = kernel(*own, history)
+        return multihost_utils.process_allgather(advantages).reshape(-1)[: len(rewards)], merged, diagnostics
+
+    return of_all
+
+
+def _shard_rows(values: Any, parts: int) -> np.ndarray:
+    """[B] -> [parts, ceil(B / parts)]; padding rows are 0, and False in a mask."""
     rows = np.asarray(values)
-    return np.pad(rows, (0, -len(rows) % num_devices)).reshape(num_devices, -1)
+    return np.pad(rows, (0, -len(rows) % parts)).reshape(parts, -1)

@@ -14,7 +14,7 @@ from typing import Any, Sequence
 from etils import epath
 import numpy as np
 
-from pgrpo_jax.structs import Prompt, Rollouts, Work
+from pgrpo_jax.structs import Prompt, RewardFailure, Rollouts, Work
 
 _ARRAYS = ("prompts", "prompt_lengths", "completions", "completion_lengths", "prompt_index", "behaviour_log_probs", "truncated", "rewards")
 
@@ -27,7 +27,7 @@ def pack_rollouts(rollouts: Sequence[Rollouts]) -> bytes:
             lists, numbers, text), else they would not be read back equal.
 
     Returns:
-        The file's content; `load_rollouts` reads it back to the same records.
+        The file's content; `unpack_rollouts` reads it back to the same records.
     """
     arrays: dict[str, np.ndarray] = {}
     records = []
@@ -36,6 +36,7 @@ def pack_rollouts(rollouts: Sequence[Rollouts]) -> bytes:
             "work": dataclasses.asdict(unit.work),
             "prompts": [vars(prompt) | {"facts": dict(prompt.facts)} for prompt in unit.prompt_records],
             "texts": list(unit.texts),
+            "reward_failures": [vars(failure) for failure in unit.reward_failures],
             "generation_secs": float(unit.generation_secs),
         })
         arrays |= {f"{i}/{name}": np.asarray(getattr(unit, name)) for name in _ARRAYS}
@@ -63,22 +64,43 @@ def load_rollouts(path: epath.PathLike) -> list[Rollouts]:
     path = epath.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; rollouts are kept as <workdir>/rollouts/step_NNNNNN.npz")
+    return unpack_rollouts(path.read_bytes(), source=str(path))
+
+
+def unpack_rollouts(content: bytes, *, source: str) -> list[Rollouts]:
+    """Reads the bytes of `pack_rollouts` back.
+
+    Args:
+        content: the bytes.
+        source: where they come from, for people.
+
+    Returns:
+        The units of work, equal to those packed.
+
+    Raises:
+        ValueError: the bytes are damaged or are no rollouts file.
+    """
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         records = json.loads(arrays["records"].tobytes().decode("ascii"))
         return [_unit(i, record, arrays) for i, record in enumerate(records)]
     except (zipfile.BadZipFile, ValueError, KeyError, EOFError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or no rollouts file ({type(error).__name__}: {error}); restore it or delete it") from error
+        raise ValueError(f"{source} is damaged or no rollouts file ({type(error).__name__}: {error}); restore it or delete it") from error
 
 
 def _unit(i: int, record: dict[str, Any], arrays: dict[str, np.ndarray]) -> Rollouts:
     prefix = f"{i}/reward_components/"
     return Rollouts(
-        work=Work(**record["work"]),
+        work=Work(**record["work"] | {"failed_rewards": _failures(record["work"]["failed_rewards"])}),
         prompt_records=tuple(Prompt(**prompt) for prompt in record["prompts"]),
         texts=tuple(record["texts"]),
+        reward_failures=_failures(record["reward_failures"]),
         generation_secs=record["generation_secs"],
         reward_components={name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)},
         **{name: arrays[f"{i}/{name}"] for name in _ARRAYS},
     )
+
+
+def _failures(records: list[dict[str, Any]]) -> tuple[RewardFailure, ...]:
+    return tuple(RewardFailure(**record) for record in records)

@@ -3,6 +3,7 @@
     config.json                  {dotted key: value}                     written at every start
     metrics.jsonl                one object for each update               appended
     samples.jsonl                one object for each sample               appended
+    verdicts.jsonl               one object for each reward that failed   appended; only where one did
     rollouts/step_000012.npz     everything of a step's rollouts          one file a step (rollout_files.py)
     evaluation_000012.json       one evaluation, after that many updates
     summary.json                 only when the run reached its last step
@@ -27,7 +28,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.proto import summary_pb2
 
 from pgrpo_jax.rollout_files import pack_rollouts
-from pgrpo_jax.structs import Rollouts
+from pgrpo_jax.structs import RewardFailure, Rollouts
 
 
 def write_atomically(path: epath.PathLike, content: bytes) -> None:
@@ -49,6 +50,23 @@ def write_atomically(path: epath.PathLike, content: bytes) -> None:
         os.fsync(file.fileno())
     partial.replace(path)
     _sync_directory(path.parent)
+
+
+def check_workdir(workdir: epath.PathLike) -> None:
+    """Refuses a run directory that nothing could be written to, without making it.
+
+    Raises:
+        NotADirectoryError: it, or a part of its path, is a file.
+        PermissionError: it may not be written to.
+    """
+    path = epath.Path(workdir)
+    if _in_bucket(path):  # a bucket says so itself, at the first write
+        return
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"--workdir {path}: {existing} is a file, a directory is needed: give another path")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"--workdir {path}: {existing} may not be written to: give another path or change its permissions")
 
 
 class RunDirectory:
@@ -78,9 +96,10 @@ class RunDirectory:
         Args:
             step: updates done by the checkpoint that was restored; 0 for a fresh start.
         """
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "verdicts.jsonl"):
             if (self.path / name).exists():
-                kept = [record for record in self._read_lines(name) if record["step"] <= step]
+                # Verdicts are of no step and stay: what is made again must be made of the same ones.
+                kept = [record for record in self._read_lines(name) if record.get("step", 0) <= step]
                 write_atomically(self.path / name, b"".join(map(_json_line, kept)))
         for file in self._listed("") + self._listed("rollouts"):
             found = re.fullmatch(r"(?:step|evaluation)_(\d+)\.(?:npz|json)", file.name)
@@ -90,6 +109,25 @@ class RunDirectory:
         if summary is not None and summary["steps"] > step:
             (self.path / "summary.json").unlink()
         self._restart_events(step)
+
+    def write_verdicts(self, rollouts: Sequence[Rollouts]) -> None:
+        """Records the rewards that failed, each once, of units of any split; call it before a step is made of them. No kill loses them."""
+        failures = [(unit.work, failure) for unit in rollouts for failure in unit.reward_failures]
+        records = [{"split": work.split, "index": work.index, "version": work.version, **vars(failure)} for work, failure in failures]
+        made = {(r["split"], r["index"], r["version"], r["row"]): r for r in records}
+        for r in self._read_lines("verdicts.jsonl"):
+            made.pop((r["split"], r["index"], r["version"], r["row"]), None)
+        if made:
+            self._append("verdicts.jsonl", list(made.values()))
+
+    def verdicts(self, split: str) -> dict[tuple[int, int], tuple[RewardFailure, ...]]:
+        """Returns the failed rewards of a split on record, by (work index, weight version), as `Work.failed_rewards` takes them."""
+        found: dict[tuple[int, int], tuple[RewardFailure, ...]] = {}
+        for r in self._read_lines("verdicts.jsonl"):
+            if r["split"] == split:
+                unit, failure = (r["index"], r["version"]), RewardFailure(row=r["row"], reason=r["reason"], policy=r["policy"])
+                found[unit] = (*found.get(unit, ()), failure)
+        return found
 
     def write_step(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], rollouts: Sequence[Rollouts]) -> None:
         """Records one update; when it returns, no kill can lose the step.

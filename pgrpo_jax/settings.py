@@ -4,20 +4,22 @@
 """
 
 import math
-from typing import Any
+from typing import Any, Sequence
 
 from pgrpo_jax.algorithms import presets
-from pgrpo_jax.controller import Schedule
 from pgrpo_jax.generation.engine import GenerationSettings
 from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.learner import LearnerSettings
 from pgrpo_jax.models.families import ModelConfig
 from pgrpo_jax.models.tokenizer import Tokenizer
-from pgrpo_jax.tasks import TASKS
+from pgrpo_jax.schedule import Schedule
+from pgrpo_jax.tasks import mixture
 from pgrpo_jax.update import ObjectiveSettings, OptimiserSettings, learning_rate
+from pgrpo_jax.verifiers.rewards import POLICIES
 
-ENGINES = ("inline",)
+ENGINES = ("inline", "threads", "ray")
 
+_DTYPES = ("float32", "bfloat16")
 _AT_LEAST = {
     "num_steps": 1,
     "prompts_per_step": 1,
@@ -37,28 +39,35 @@ _AT_LEAST = {
     "learner.micro_batches": 1,
     "learner.passes_per_batch": 1,
     "learner.num_devices": 0,
+    "learner.num_processes": 1,
+    "learner.mesh.fsdp": 1,
+    "learner.mesh.tp": 1,
+    "num_actors": 1,
+    "actor.tp": 1,
+    "ray.object_store_bytes": 0,
+    "checkpoint.must_save_by": 0,
     "algorithm.epsilon": 0,
     "algorithm.std_floor": 0,
     "checkpoint.save_every": 1,
     "checkpoint.keep": 1,
+    "rewards.num_processes": 0,
     "evaluation.num_prompts": 1,
     "evaluation.completions_per_prompt": 1,
     "evaluation.prompts_per_work": 1,
     "metrics.samples_every": 0,
 }
-_ONE_OF = {"engine": ENGINES, "task.name": tuple(TASKS), "model.dtype": ("float32", "bfloat16")}
+_ONE_OF = {"engine": ENGINES, "model.dtype": _DTYPES, "weights.dtype": _DTYPES, "rewards.on_failure": POLICIES}
 
 
 class ConfigError(ValueError):
     """A configuration can not run; the message lists every reason, one a line."""
 
 
-def check(config: Any, *, num_devices: int) -> None:
-    """Refuses a configuration that can not run.
+def check(config: Any) -> None:
+    """Refuses a configuration that can not run anywhere; see placement.py for the devices it is to run on.
 
     Args:
         config: with every key of configs/base.py.
-        num_devices: local devices, for the splits of the batch.
 
     Raises:
         ConfigError: each line names a key, its value, the bound and what to do.
@@ -74,12 +83,18 @@ def check(config: Any, *, num_devices: int) -> None:
         if _get(config, key) not in known
     ]
     errors += _check_numbers(config)
-    for build in (schedule, preset, lambda c: learning_rate(optimiser_settings(c)), _random_model_if_any):
+    builders = (_task_weights, schedule, preset, lambda c: learning_rate(optimiser_settings(c)), _random_model_if_any)
+    for build in builders:
         try:
             build(config)
         except ValueError as error:
             errors.append(str(error))
-    errors += _check_divisions(config, num_devices)
+    errors += indivisible([
+        ("prompts_per_step", config.prompts_per_step, "prompts_per_work", config.prompts_per_work),
+        ("prompts_per_step", config.prompts_per_step, "learner.micro_batches", config.learner.micro_batches),
+        ("evaluation.num_prompts", config.evaluation.num_prompts, "evaluation.prompts_per_work", config.evaluation.prompts_per_work),
+    ])  # fmt: skip
+    errors += _check_engine(config)
     if errors:
         raise ConfigError("\n".join(errors))
 
@@ -108,28 +123,44 @@ def _check_numbers(config: Any) -> list[str]:
         (config.algorithm.epsilon + config.algorithm.std_floor != 0, "algorithm.epsilon + algorithm.std_floor",
          config.algorithm.epsilon + config.algorithm.std_floor,
          "0: a preference history of equal rewards would divide by 0; set one above 0"),
+        (0 < config.rewards.timeout_secs < math.inf, "rewards.timeout_secs", config.rewards.timeout_secs,
+         "not above 0: every reward would fail; 30 is usual"),
+        (config.lease_secs > 0, "lease_secs", config.lease_secs,
+         "not above 0: every unit would be given up at once; several times what a unit takes is usual"),
     ]  # fmt: skip
     return [f"{key} = {value} is {problem}" for holds, key, value, problem in rules if not holds]
 
 
-def _check_divisions(config: Any, num_devices: int) -> list[str]:
-    devices = config.learner.num_devices or num_devices
-    per_slice = config.prompts_per_step // max(1, config.learner.micro_batches)
-    pairs = [
-        ("prompts_per_step", config.prompts_per_step, "prompts_per_work", config.prompts_per_work),
-        ("prompts_per_step", config.prompts_per_step, "learner.micro_batches", config.learner.micro_batches),
-        ("prompts_per_step / learner.micro_batches", per_slice, "the learner's devices (learner.num_devices, 0 = all)", devices),
-        ("evaluation.num_prompts", config.evaluation.num_prompts, "evaluation.prompts_per_work", config.evaluation.prompts_per_work),
-    ]
-    errors = [f"{a} = {x} is not divisible by {b} = {y}: change one of them" for a, x, b, y in pairs if y >= 1 and x % y]
-    if devices > num_devices:
-        errors.append(f"learner.num_devices = {devices} is more than the {num_devices} local devices: lower it, or 0 for all")
+def indivisible(pairs: Sequence[tuple[str, int, str, int]]) -> list[str]:
+    """Returns a line for each (name, value, name, divisor) whose value is no multiple."""
+    return [f"{a} = {x} is not divisible by {b} = {y}: change one of them" for a, x, b, y in pairs if y >= 1 and x % y]
+
+
+def _check_engine(config: Any) -> list[str]:
+    """What only some engines can do."""
+    engine, errors = config.engine, []
+    if config.distributed.enabled and engine != "inline":
+        errors.append(f"distributed.enabled = True needs engine = 'inline', not {engine!r}: Ray starts its processes itself")
+    if config.distributed.enabled and config.learner.num_devices:
+        errors.append("learner.num_devices is set with distributed.enabled = True, where the learner has all devices: leave it 0")
+    if config.learner.num_processes > 1 and engine != "ray":
+        errors.append(f"learner.num_processes = {config.learner.num_processes} needs engine = 'ray', not {engine!r}")
     return errors
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns a nested configuration as {dotted key: plain value}."""
+    found = {}
+    for key, value in config.items():
+        plain = list(value) if isinstance(value, tuple) else value
+        found |= flat(value, f"{prefix}{key}.") if hasattr(value, "items") else {f"{prefix}{key}": plain}
+    return found
 
 
 def schedule(config: Any) -> Schedule:
     """Returns which weight version generates which step."""
-    return Schedule(reload=config.staleness.reload, accept=config.staleness.accept, lag=config.staleness.lag)
+    s = config.staleness
+    return Schedule(reload=s.reload, accept=s.accept, lag=s.lag, policy=s.policy)
 
 
 def preset(config: Any) -> presets.Preset:
@@ -177,13 +208,22 @@ def optimiser_settings(config: Any) -> OptimiserSettings:
     )
 
 
+def num_preference_groups(config: Any) -> int:
+    """Returns K over all tasks of a mixture; of one task, its own."""
+    return config.task.num_preference_groups * len(_task_weights(config))
+
+
+def _task_weights(config: Any) -> dict[str, int]:
+    return mixture.parse(config.task.name)
+
+
 def learner_settings(config: Any, tokenizer: Tokenizer) -> LearnerSettings:
     """Returns the learner's sizes and constants."""
     algorithm = preset(config)
     return LearnerSettings(
         num_steps=config.num_steps,
         schedule=schedule(config),
-        num_preference_groups=config.task.num_preference_groups,
+        num_preference_groups=num_preference_groups(config),
         completions_per_prompt=config.completions_per_prompt,
         micro_batches=config.learner.micro_batches,
         passes_per_batch=config.learner.passes_per_batch,
@@ -192,6 +232,7 @@ def learner_settings(config: Any, tokenizer: Tokenizer) -> LearnerSettings:
             clip_low=algorithm.clip_low, clip_high=algorithm.clip_high, kl_coefficient=algorithm.kl_coefficient, support=_support(config)
         ),
         optimiser=optimiser_settings(config),
+        weights_dtype=config.weights.dtype,
     )
 
 

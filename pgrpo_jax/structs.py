@@ -47,6 +47,21 @@ class Reward:
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardFailure:
+    """A reward function that gave no verdict on one answer, and what was made of it instead.
+
+    Attributes:
+        row: the completion's place among the N of its unit of work, before any is dropped.
+        reason: what happened, for people: "timeout after 30 s", "ZeroDivisionError: …", "reward nan is not finite".
+        policy: "zero" (the answer counts with reward 0) or "drop" (the completion is left out).
+    """
+
+    row: int
+    reason: str
+    policy: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Work:
     """One unit of generation: a fixed-shape slice of the prompt stream, and the weights that must answer it.
 
@@ -55,15 +70,18 @@ class Work:
 
     Attributes:
         index: position in the stream of work units; prompts `index * prompts_per_work` onwards.
-        step: the learner step (updates done before it) that will consume the unit.
+        step: the learner step (updates done before it) that will consume the unit; under the policy "freshest" the step it was
+            issued at.
         version: the weight version that must generate it (the learner step that published it).
         split: the task's split, "train" or "test".
+        failed_rewards: verdicts on record from an earlier attempt at this unit; they are repeated, not judged again.
     """
 
     index: int
     step: int
     version: int
     split: str = "train"
+    failed_rewards: tuple[RewardFailure, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +101,7 @@ class Rollouts:
         texts: N decoded answers, special tokens left out.
         rewards: [N] float32.
         reward_components: name -> [N] float32.
+        reward_failures: completions whose reward function failed; those under "drop" are not among the N.
         generation_secs: wall seconds spent generating (not part of the record's identity).
     """
 
@@ -98,6 +117,7 @@ class Rollouts:
     texts: tuple[str, ...]
     rewards: np.ndarray
     reward_components: Mapping[str, np.ndarray]
+    reward_failures: tuple[RewardFailure, ...] = ()
     generation_secs: float = 0.0
 
 
@@ -165,6 +185,14 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True)
+class Started:
+    """Event: an actor began a unit of work; its lease counts from here."""
+
+    work: Work
+    worker: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Finished:
     """Event: an engine finished a unit of work."""
 
@@ -181,9 +209,9 @@ class Lost:
 
 @dataclasses.dataclass(frozen=True)
 class Tick:
-    """Event: time passed and nothing else happened."""
+    """Event: time passed since the tick before."""
 
     secs: float
 
 
-Event = Finished | Lost | Tick
+Event = Started | Finished | Lost | Tick

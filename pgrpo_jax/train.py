@@ -3,26 +3,20 @@
     prompts → rollouts → rewards → advantages → update → weights, and round again
 """
 
-import os
+import contextlib
+import sys
 import time
-from typing import Any, Sequence
+from typing import Any
 
-import jax
-import numpy as np
 from etils import epath
 
-from pgrpo_jax import assembly, evaluate, settings
-from pgrpo_jax.actor import Actor
-from pgrpo_jax.checkpoints import Checkpoints, state_sha256
+from pgrpo_jax import evaluate, settings
 from pgrpo_jax.console import Console
 from pgrpo_jax.controller import Controller
-from pgrpo_jax.engines.inline import InlineEngine
-from pgrpo_jax.learner import Learner
-from pgrpo_jax.preemption import EXIT_PREEMPTED, Preempted, Stop
-from pgrpo_jax.run_directory import RunDirectory
-from pgrpo_jax.structs import Rollouts
-
-_POLL_SECS = 10.0
+from pgrpo_jax.deployment import deploy
+from pgrpo_jax.engines import gather, issue, LearnerLost
+from pgrpo_jax.preemption import EXIT_PREEMPTED, Preempted, remove_stale_lock, Stop
+from pgrpo_jax.step_records import generation_metrics, samples_of
 
 
 class Run:
@@ -30,114 +24,117 @@ class Run:
 
     def __init__(self, config: Any, identity: dict[str, Any], workdir: epath.PathLike, stop: Stop):
         self._started = time.perf_counter()
-        self._config, self._stop = config, stop
-        settings.check(config, num_devices=jax.local_device_count())
-        check_workdir(workdir)
-        task = assembly.load_task(config)
-        stop.check("start-up")
-        base = assembly.load_base(config, task)
-        stop.check("start-up")
-        self._evaluator: Actor = assembly.make_evaluator(config, base, task)
-        self._untrained = base.params
-        self.directory = RunDirectory(workdir, tensorboard=config.metrics.tensorboard)
-        self.checkpoints = Checkpoints(
-            self.directory.path / "checkpoints", identity=assembly.run_identity(identity, base), keep=config.checkpoint.keep
-        )
-        self.learner: Learner = assembly.make_learner(config, base, self.checkpoints)
-        self.engine = InlineEngine(assembly.make_actor(config, base, task))
-        self.resumed = self.learner.restore()
-        self.directory.truncate_after(self.learner.step)
-        self.directory.write_config(_flat(config))
-        self._earlier_secs = self._recorded_secs()
+        self._config = config
+        settings.check(config)
+        self.parts = deploy(config, identity=identity, workdir=workdir, stop=stop)
+        self.learner, self.engine, self.directory = self.parts.learner, self.parts.engine, self.parts.directory
+        self._controller: Controller | None = None
+        self._stop = self.parts.stop  # of all processes, where this is one of several
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self.parts.close)
+            self.resumed = self._restore()
+            self.directory.write_config(settings.flat(config))
+            records = self.directory.metrics()
+            self._earlier_secs = float(records[-1]["wall_secs"]) if records else 0.0
+            on_error.pop_all()
 
-    def _recorded_secs(self) -> float:
-        """Wall seconds of the attempts before this one, as far as they were recorded."""
-        records = self.directory.metrics()
-        return float(records[-1]["wall_secs"]) if records else 0.0
+    def _restore(self) -> bool:
+        resumed = self.learner.restore()
+        self.directory.truncate_after(self.learner.step)
+        return resumed
+
+    def recover(self) -> None:
+        """Makes a lost learner again, from the last committed step; actors keep running."""
+        self.learner.restart()
+        self._restore()
 
     def wall_secs(self) -> float:
         """Returns seconds spent on the run, earlier attempts included."""
         return self._earlier_secs + time.perf_counter() - self._started
 
-    def evaluation_before(self) -> dict[str, Any]:
-        """Returns the evaluation of the untrained policy, whose parameters are let go afterwards; a resumed run finds it on record."""
-        trained, untrained, self._untrained = self.learner.state.trainable, self._untrained, None
-        if self.learner.step == 0:
-            return self._evaluation(trained, 0)
-        num_prompts = self._config.evaluation.num_prompts
-        record = evaluate.recorded(self.directory, self._evaluator, step=0, num_prompts=num_prompts)
-        if record is not None:
-            return record
-        return self._evaluation(jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), untrained, trained), 0)
-
-    def evaluation_after(self) -> dict[str, Any]:
-        """Returns the evaluation of the policy as it is now."""
-        return self._evaluation(self.learner.state.trainable, self.learner.step)
-
-    def _evaluation(self, weights: Any, step: int) -> dict[str, Any]:
-        num_prompts = self._config.evaluation.num_prompts
-        return evaluate.evaluation(self.directory, self._evaluator, weights, step=step, num_prompts=num_prompts, stop=self._stop)
-
     def loop(self, console: Console) -> None:
         """Generates and trains until the last step, or until a stop is requested."""
         config, learner, engine = self._config, self.learner, self.engine
-        controller = Controller(
+        earlier = 0 if self._controller is None else self._controller.next_work(learner.step)
+        self._controller = controller = Controller(
             settings.schedule(config),
             num_steps=config.num_steps,
             first_step=learner.step,
-            next_work=int(learner.state.next_work),
+            next_work=max(learner.next_work, earlier),  # "freshest" skips what may still be under way for a learner that was lost
             work_per_step=config.prompts_per_step // config.prompts_per_work,
+            lease_secs=config.lease_secs,
+            failed_rewards=self.parts.verdicts("train"),
         )
         engine.publish(learner)
-        checkpoint_secs = 0.0
+        secs = {"checkpoint_secs": 0.0}
         while learner.step < config.num_steps:
+            with timed(secs, "wait_secs"):
+                rollouts = gather(controller, engine, learner.step, stop=self._stop, phase="training")
             self._stop.check("training")
-            for work in controller.due(learner.step):
-                engine.submit(work)
-            for event in engine.poll(timeout_secs=_POLL_SECS):
-                controller.on(event)
-            if not controller.ready(learner.step):
-                continue
-            self._stop.check("training")
-            rollouts = controller.take(learner.step)
-            start = time.perf_counter()
-            metrics, advantages = learner.update(rollouts)
-            metrics |= {"update_secs": time.perf_counter() - start, "checkpoint_secs": checkpoint_secs, "wall_secs": self.wall_secs()}
-            engine.publish(learner)
-            record = {"step": learner.step} | metrics | generation_metrics(rollouts)
+            self.directory.write_verdicts(rollouts)  # before they are trained on: a resumed run must repeat them
+            with timed(secs, "update_secs"):
+                metrics, advantages = learner.update(rollouts, next_work=controller.next_work(learner.step + 1))
+            with timed(secs, "publish_secs"):
+                engine.publish(learner)
+            issue(controller, engine, learner.step)
+            record = {"step": learner.step} | metrics | secs | {"wall_secs": self.wall_secs()}
+            record |= controller.metrics() | generation_metrics(rollouts)
             samples = samples_of(rollouts, advantages, step=learner.step)
             # The step goes on record before its checkpoint: a committed step is never missing from the records.
             self.directory.write_step(record, samples, rollouts)
             console.step(record, samples)
-            start = time.perf_counter()
-            if learner.step % config.checkpoint.save_every == 0 and learner.step < config.num_steps:
-                learner.save()
-            checkpoint_secs = time.perf_counter() - start
+            with timed(secs, "checkpoint_secs"):
+                if learner.step % config.checkpoint.save_every == 0 and learner.step < config.num_steps:
+                    learner.save()
+            if learner.stopping:  # the node of one of its processes is going away
+                learner.save(wait=True)
+                raise LearnerLost(f"a process of the learner was asked to stop; step {learner.step} is saved")
+
+    def to_the_end(self, console: Console) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Evaluates, trains, saves and evaluates again; returns both evaluations."""
+        asked = f"{self._config.evaluation.num_prompts} users, {self._config.evaluation.completions_per_prompt} answers each"
+        console.note(f"held-out evaluation of the untrained policy: {asked}")
+        before = evaluate.evaluation(self._config, self.parts, step=0)
+        if self.learner.step == 0:
+            console.evaluation(before, None)
+        self.loop(console)
+        self.learner.save(wait=True)
+        console.note(f"held-out evaluation of the trained policy: {asked}")
+        return before, evaluate.evaluation(self._config, self.parts, step=self.learner.step)
 
     def summary(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         """Returns the content of summary.json, written now unless the run finished earlier with the same evaluations."""
         evaluation = {"before": before, "after": after, "baselines": after["baselines"]}
-        summary = self.directory.summary()
+        summary = self.parts.agree(self.directory.summary())
         if summary is None or summary["evaluation"] != evaluation:
-            summary = self._summary(evaluation)
+            summary = {
+                "steps": self.learner.step,
+                "wall_secs": self.wall_secs(),
+                "evaluation": evaluation,
+                "state_sha256": self.learner.digest(),
+                "config": settings.flat(self._config),
+                "reproducible": self._config.staleness.policy == "deterministic" and not self.directory.verdicts("train"),
+            }
             self.directory.write_summary(summary)
         return summary
 
-    def _summary(self, evaluation: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "steps": self.learner.step,
-            "wall_secs": self.wall_secs(),
-            "evaluation": evaluation,
-            "state_sha256": state_sha256(self.learner.state),
-            "config": _flat(self._config),
-            "reproducible": True,
-        }
+    def save(self) -> None:
+        """Commits the state of a run that stops; with the learner lost, the last committed step stands."""
+        if self.learner.step > 0:
+            with contextlib.suppress(LearnerLost):
+                self.learner.save(wait=True)
 
     def close(self) -> None:
-        """Waits for checkpoints in the background and closes the records."""
-        self.engine.close()
-        self.checkpoints.close()
-        self.directory.close()
+        """Waits for checkpoints in the background, ends every process and thread of the run, and closes the records."""
+        self.parts.close()
+
+
+@contextlib.contextmanager
+def timed(secs: dict[str, float], name: str):
+    """Notes under `name` how many seconds the block took."""
+    start = time.perf_counter()
+    yield
+    secs[name] = time.perf_counter() - start
 
 
 def train(config: Any, *, identity: dict[str, Any], workdir: epath.PathLike, stop: Stop) -> int:
@@ -155,100 +152,34 @@ def train(config: Any, *, identity: dict[str, Any], workdir: epath.PathLike, sto
     Raises:
         ValueError: the configuration, the data, the model or the checkpoint can not be used; one line (or one for each error).
     """
+    if (said := remove_stale_lock()):
+        print(said, file=sys.stderr)
     try:
-        run = Run(config, identity, workdir, stop)
+        run = Run(config, identity, workdir, stop.set_budget(config.checkpoint.must_save_by))
     except Preempted:
         return EXIT_PREEMPTED
     learner = run.learner
     try:
-        with Console(config.num_steps, start_step=learner.step, samples_every=config.metrics.samples_every) as console:
+        console = Console(
+            config.num_steps, start_step=learner.step, samples_every=config.metrics.samples_every, stream=run.parts.console_stream
+        )
+        with console:
             if run.resumed:
                 console.note(f"resumed from step {learner.step} in {run.directory.path}")
-            try:
-                asked = f"{config.evaluation.num_prompts} users, {config.evaluation.completions_per_prompt} answers each"
-                console.note(f"held-out evaluation of the untrained policy: {asked}")
-                before = run.evaluation_before()
-                if learner.step == 0:
-                    console.evaluation(before, None)
-                run.loop(console)
-                learner.save(wait=True)
-                console.note(f"held-out evaluation of the trained policy: {asked}")
-                after = run.evaluation_after()
-            except Preempted as reason:
-                if learner.step > 0:
-                    learner.save(wait=True)
-                console.note(f"{reason}: step {learner.step} is saved in {run.directory.path}; run the same command to go on")
-                return EXIT_PREEMPTED
-            summary = run.summary(before, after)
+            while True:
+                try:
+                    before, after = run.to_the_end(console)
+                    summary = run.summary(before, after)
+                    break
+                except LearnerLost as reason:
+                    console.note(f"{reason}: going on from the last committed step")
+                    run.recover()
+                except Preempted as reason:
+                    run.save()
+                    console.note(f"{reason}: step {learner.step} is saved in {run.directory.path}; run the same command to go on")
+                    return EXIT_PREEMPTED
             console.evaluation(before, after)
             console.note(f"state_sha256 {summary['state_sha256']}")
     finally:
         run.close()
     return 0
-
-
-def check_workdir(workdir: epath.PathLike) -> None:
-    """Refuses a run directory that nothing could be written to, without making it.
-
-    Raises:
-        NotADirectoryError: it, or a part of its path, is a file.
-        PermissionError: it may not be written to.
-    """
-    path = epath.Path(workdir)
-    if "://" in os.fspath(path):  # a bucket says so itself, at the first write
-        return
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"--workdir {path}: {existing} is a file, a directory is needed: give another path")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"--workdir {path}: {existing} may not be written to: give another path or change its permissions")
-
-
-def generation_metrics(rollouts: Sequence[Rollouts]) -> dict[str, float]:
-    """Returns the metrics that only the rollouts know.
-
-    Args:
-        rollouts: of one step.
-    """
-    secs = sum(r.generation_secs for r in rollouts)
-    tokens = sum(int(r.completion_lengths.sum()) for r in rollouts)
-    components = {name: np.concatenate([r.reward_components[name] for r in rollouts]).mean() for name in rollouts[0].reward_components}
-    return {
-        "answered": float(components["answered"]),
-        "truncated": float(np.concatenate([r.truncated for r in rollouts]).mean()),
-        "generation_secs": secs,
-        "tokens_per_sec": tokens / secs if secs > 0 else float("nan"),
-    }
-
-
-def samples_of(rollouts: Sequence[Rollouts], advantages: np.ndarray, *, step: int) -> list[dict[str, Any]]:
-    """Returns one record for each completion of a step, for samples.jsonl.
-
-    Args:
-        rollouts: of one step, in canonical order.
-        advantages: [N], in the same order.
-        step: updates done.
-    """
-    rows = [(r, i) for r in rollouts for i in range(len(r.texts))]
-    return [
-        {
-            "step": step,
-            "prompt_id": r.prompt_records[r.prompt_index[i]].prompt_id,
-            "preference_id": r.prompt_records[r.prompt_index[i]].preference_id,
-            "prompt": r.prompt_records[r.prompt_index[i]].text,
-            "answer": r.texts[i],
-            "reward": float(r.rewards[i]),
-            "advantage": float(advantage),
-            "truncated": bool(r.truncated[i]),
-        }
-        for (r, i), advantage in zip(rows, advantages, strict=True)
-    ]
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as {dotted key: plain value}."""
-    flat = {}
-    for key, value in config.items():
-        plain = list(value) if isinstance(value, tuple) else value
-        flat |= _flat(value, f"{prefix}{key}.") if hasattr(value, "items") else {f"{prefix}{key}": plain}
-    return flat

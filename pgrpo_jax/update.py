@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pgrpo_jax import parallel
 from pgrpo_jax.algorithms import objective
 from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.generation.scoring import score
@@ -156,7 +157,6 @@ def accumulate(params, model, settings, batch, advantages, old_log_probs, refere
     return jax.tree.map(lambda g: g / count.astype(g.dtype), grads), loss / count.astype(loss.dtype), sums, largest
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3), donate_argnums=0)
 def update(
     state: TrainState,
     model: Transformer,
@@ -167,22 +167,28 @@ def update(
     old_log_probs: chex.Array | None,
     reference_log_probs: chex.Array | None,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
-    """One optimiser step on one batch; `state` is donated.
+    """One optimiser step on one batch; `state` is donated, and the new one lies where it lay.
 
     Args:
-        state: training state; `step`, `next_work` and `history` are left to the caller.
+        state: training state, on its devices; `step`, `next_work` and `history` are left to the caller.
         batch: with a leading axis of micro-batches (`batching.micro_batches`), as the three arrays after it.
 
     Returns:
         (state with new parameters and optimiser state, scalars: the loss, the gradient norm before clipping, means over tokens).
     """
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    static = {"model": model, "settings": settings, "optimiser_settings": optimiser_settings}
+    step = parallel.compiled(_step, (shardings, None), donate_argnums=(0,), **static)
+    return step(state, batch, advantages, old_log_probs, reference_log_probs)
+
+
+def _step(state, batch, advantages, old_log_probs, reference_log_probs, *, model, settings, optimiser_settings):
     grads, loss, sums, largest = accumulate(state.trainable, model, settings, batch, advantages, old_log_probs, reference_log_probs)
     changes, optimiser_state = make_optimiser(optimiser_settings).update(grads, state.optimiser, state.trainable)
     tokens = jnp.maximum(sums["token_count"], jnp.ones_like(sums["token_count"]))
     means = {name: total / tokens.astype(total.dtype) for name, total in sums.items() if not name.endswith("_count")}
     scalars = means | {"loss": loss, "grad_norm": optax.tree.norm(grads), "mismatch/max": largest}
-    new = state.replace(trainable=optax.apply_updates(state.trainable, changes), optimiser=optimiser_state)
-    return new, scalars
+    return state.replace(trainable=optax.apply_updates(state.trainable, changes), optimiser=optimiser_state), scalars
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -1,6 +1,7 @@
 """A tiny transformer and random rollouts for the tests of the learner's side; shapes are shared, so that programs compile once.
 
-P = 8 prompts of up to 6 tokens, G = 4 completions of up to 5 tokens, 31 token ids, 3 preference groups.
+P = 8 prompts of up to 6 tokens, G = 4 completions of up to 5 tokens, 32 token ids, 3 preference groups; the model can be cut over
+fsdp 8 or fsdp 4 x tp 2 devices.
 """
 
 import dataclasses
@@ -15,18 +16,18 @@ from pgrpo_jax import parallel
 from pgrpo_jax.algorithms import reward_history
 from pgrpo_jax.algorithms.advantages import ESTIMATORS
 from pgrpo_jax.checkpoints import Checkpoints
-from pgrpo_jax.controller import Schedule
 from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.learner import Learner, LearnerSettings, initial_state
 from pgrpo_jax.models import transformer
 from pgrpo_jax.models.families import ModelConfig, parameter_shapes
+from pgrpo_jax.schedule import Schedule
 from pgrpo_jax.structs import Prompt, Rollouts, TrainBatch, Work
 from pgrpo_jax.update import ObjectiveSettings, OptimiserSettings
 
-P, G, TP, TC, V, K = 8, 4, 6, 5, 31, 3
+P, G, TP, TC, V, K = 8, 4, 6, 5, 32, 3
 PAD = 0
 CONFIG = ModelConfig(
-    num_layers=2, width=12, mlp_width=20, num_heads=2, num_kv_heads=1, head_dim=6, vocab_size=V, context_length=32,
+    num_layers=2, width=16, mlp_width=20, num_heads=4, num_kv_heads=2, head_dim=6, vocab_size=V, context_length=32,
     rope_theta=10000.0, norm_epsilon=1e-5, tied_embeddings=True,
 )  # fmt: skip
 MODEL = transformer.Transformer(CONFIG)
@@ -36,7 +37,7 @@ OPTIMISER = OptimiserSettings(
 )
 SETTINGS = LearnerSettings(
     num_steps=20, schedule=Schedule(), num_preference_groups=K, completions_per_prompt=G, micro_batches=1, passes_per_batch=1,
-    pad_id=PAD, objective=OBJECTIVE, optimiser=OPTIMISER,
+    pad_id=PAD, objective=OBJECTIVE, optimiser=OPTIMISER, weights_dtype="float32",
 )  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def named(name: str) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(name.encode()))
 
 
-def params(name: str, dtype=np.float32):
+def params(name: str, dtype=np.float32, config=CONFIG):
     """Random parameters; norm scales about 1."""
     rng = named(name)
 
@@ -52,7 +53,7 @@ def params(name: str, dtype=np.float32):
         values = rng.normal(size=leaf.shape) * 0.4
         return jnp.asarray(values + 1 if "norm" in jax.tree_util.keystr(path) else values, dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, parameter_shapes(CONFIG))
+    return jax.tree_util.tree_map_with_path(draw, parameter_shapes(config))
 
 
 def batch(name: str, dtype=np.float32) -> TrainBatch:
@@ -99,6 +100,11 @@ def rollouts(index: int, *, version: int = 0, prompts: int = P, step: int = 0) -
     )
 
 
+def leaf_at(tree, path):
+    """The leaf of a tree of dicts at a path of JAX."""
+    return functools.reduce(lambda node, entry: node[entry.key], path, tree)
+
+
 @functools.cache
 def kernel(preset: str = "p_grpo", num_devices: int = 1, prompts: int = P):
     """The advantage kernel of the tests' learners; made once, because each one compiles."""
@@ -107,14 +113,20 @@ def kernel(preset: str = "p_grpo", num_devices: int = 1, prompts: int = P):
     )
 
 
-def learner(directory, *, num_devices: int = 1, reference=None, advantage_kernel=None, preset: str = "p_grpo", **changes) -> Learner:
+def learner(
+    directory, *, num_devices: int = 1, fsdp: int = 1, tp: int = 1, reference=None, advantage_kernel=None, preset: str = "p_grpo", model=MODEL,
+    dtype=np.float32, **changes
+) -> Learner:  # fmt: skip
     """A learner of the tiny model that saves in `directory`; `changes` replace fields of `SETTINGS`."""
+    mesh = parallel.make_mesh(jax.devices()[:num_devices], fsdp=fsdp, tp=tp)
+    base = functools.partial(params, "policy", dtype, model.config)
     return Learner(
-        MODEL,
-        initial_state(params("policy"), reward_history.init(K), OPTIMISER),
+        model,
+        initial_state(base(), reward_history.init(K, dtype), OPTIMISER, mesh),
         advantage_kernel=advantage_kernel or kernel(preset, num_devices),
         settings=dataclasses.replace(SETTINGS, **changes),
         reference=reference,
-        devices=jax.devices()[:num_devices],
+        load_base=base,
+        mesh=mesh,
         checkpoints=Checkpoints(directory, identity={"of": "tests"}),
     )

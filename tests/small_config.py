@@ -14,6 +14,7 @@ SMALL = {
     "model.random.num_kv_heads": 1,
     "generation.max_new_tokens": 4,
     "generation.prompt_buckets": (40,),
+    "rewards.num_processes": 0,
     "learner.num_devices": 1,
     "checkpoint.save_every": 2,
     "metrics.samples_every": 4,

@@ -16,19 +16,23 @@ TEXTS = CODE + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "docs").r
 
 FLOORS = (
     {"structs", "algorithms"},
-    {"models", "generation", "tasks", "parallel", "batching", "preemption", "rollout_files"},
-    {"controller", "checkpoints", "update"},
+    {"models", "generation", "tasks", "parallel", "batching", "preemption", "rollout_files", "exchange", "schedule", "verifiers"},
+    {"controller", "checkpoints", "update", "parameter_server"},
     {"actor", "learner"},
     {"engines"},
-    {"train", "evaluate", "assembly", "settings", "metrics", "run_directory", "console"}
+    {"train", "evaluate", "deployment", "assembly", "settings", "placement", "metrics", "run_directory", "step_records", "console"}
     | {"report", "report_sections", "report_page", "charts"},
 )
 # importer -> what it may import on its own floor
 SAME_FLOOR = {
     "algorithms": {"structs"},
     "generation": {"models"},
-    "train": {"assembly", "settings", "evaluate", "run_directory", "console"},
-    "evaluate": {"assembly", "settings", "run_directory", "console"},
+    "exchange": {"preemption"},
+    "parallel": {"models"},
+    "train": {"deployment", "settings", "evaluate", "step_records", "console"},
+    "evaluate": {"deployment", "settings", "run_directory", "console"},
+    "deployment": {"assembly", "placement", "run_directory"},
+    "placement": {"settings"},
     "assembly": {"settings"},
     "console": {"metrics"},
     "report": {"report_sections", "report_page", "run_directory"},
@@ -37,8 +41,10 @@ SAME_FLOOR = {
 ANYWHERE = {"jax", "numpy", "chex", "etils", "absl", "pgrpo_jax"}
 FLOOR_0_LIBRARIES = {"jax", "numpy", "chex", "pgrpo_jax", "dataclasses", "typing", "math", "functools"}
 OWNERS = {
-    "orbax": {"checkpoints"},
+    "orbax": {"checkpoints", "exchange"},
     "optax": {"update"},
+    "xxhash": {"parameter_server"},
+    "ray": {"engines"},
     "flax": {"models"},
     "gguf": {"models"},
     "tokenizers": {"models"},
@@ -55,9 +61,9 @@ OWNERS = {
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 300, 40
 
 # "group" alone could mean the completions of a prompt or the people who agree: always "preference group" here. The exceptions: the
-# title of the GRPO paper and its quoted word, an operating system's processes, and the method of a regular expression's match.
+# title of the GRPO paper and its quoted word, an operating system's processes, Ray's placement of processes, and the method of a regular expression's match.
 GROUP = r"(?<![a-z])groups?(?![a-z])"
-QUALIFIED = r"(preference[\s#_-]+|process[\s#_-]+|grpo's [\"“]|\.(?=groups?\())"
+QUALIFIED = r"(preference[\s#_-]+|process[\s#_-]+|placement[\s_]+|grpo's [\"“]|\.(?=groups?\())"
 EXPLAINED = r"(?!\s+relative\s+policy)"
 
 

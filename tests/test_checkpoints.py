@@ -103,7 +103,7 @@ def test_the_digest_sees_value_dtype_shape_and_path(changed):
 def test_the_digest_does_not_depend_on_where_the_state_lives():
     expected = state_sha256(state(3))
     assert expected == state_sha256(jax.tree.map(np.asarray, state(3)))
-    assert expected == state_sha256(parallel.replicate(state(3), parallel.data_mesh(jax.devices()[:4])))
+    assert expected == state_sha256(parallel.replicate(state(3), parallel.make_mesh(jax.devices()[:4])))
     assert expected != state_sha256(state(4))
     upside_down = dict(reversed(LEAVES.items()))
     assert state_sha256(upside_down) == state_sha256(LEAVES)
@@ -114,7 +114,7 @@ def test_the_digest_does_not_depend_on_where_the_state_lives():
 
 @pytest.mark.parametrize("num_devices", [1, 4])
 def test_round_trip(tmp_path, opened, num_devices):
-    mesh = parallel.data_mesh(jax.devices()[:num_devices])
+    mesh = parallel.make_mesh(jax.devices()[:num_devices])
     saved, versions = (parallel.replicate(tree, mesh) for tree in (state(5), {2: state(2).trainable, 4: state(4).trainable}))
     opened(tmp_path).save(saved, versions, wait=True)
     like = parallel.replicate(state(0), mesh)
@@ -127,9 +127,9 @@ def test_round_trip(tmp_path, opened, num_devices):
 
 def test_more_devices_than_at_the_time_of_saving(tmp_path, opened):
     opened(tmp_path).save(state(1), {}, wait=True)
-    like = parallel.replicate(state(0), parallel.data_mesh(jax.devices()))
+    like = parallel.replicate(state(0), parallel.make_mesh(jax.devices()))
     found, _ = opened(tmp_path).restore(like)
-    assert_same(found, parallel.replicate(state(1), parallel.data_mesh(jax.devices())))
+    assert_same(found, parallel.replicate(state(1), parallel.make_mesh(jax.devices())))
 
 
 def test_the_newest_of_several_steps_is_restored_and_only_so_many_are_kept(tmp_path, opened):
@@ -169,7 +169,7 @@ def train(state: TrainState) -> TrainState:
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_updates_after_save_do_not_reach_what_is_saved(tmp_path, opened, num_devices):
     size = 2_000_000
-    mesh = parallel.data_mesh(jax.devices()[:num_devices])
+    mesh = parallel.make_mesh(jax.devices()[:num_devices])
     running = train(parallel.replicate(checkpoint_writer.state(0, size), mesh))
     expected, step = state_sha256(jax.tree.map(lambda x: np.array(jnp.copy(x)), running)), int(running.step)
     checkpoints = opened(tmp_path)

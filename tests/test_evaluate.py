@@ -1,8 +1,10 @@
 """The evaluation record against loops over a hand-made task; intervals against a closed form, and how often they cover the truth."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 import small_config
 
 from pgrpo_jax import evaluate
+from pgrpo_jax.deployment import Deployment
+from pgrpo_jax.engines.inline import InlineEngine
 from pgrpo_jax.preemption import Preempted, Stop
 from pgrpo_jax.run_directory import RunDirectory
 from pgrpo_jax.structs import Prompt, Rollouts, Work
@@ -254,24 +258,21 @@ def test_a_stop_leaves_no_record(copy):
     assert files(copy) == before
 
 
-class Answering:
-    """An actor whose rollouts are their work; asks to stop after the second."""
+def test_the_held_out_stream_is_answered_by_the_newest_weights_and_looks_for_a_stop(tmp_path):
+    stop, asked = Stop(), []
 
-    prompts_per_work = 4
+    class Recorder:
+        """Answers at once; asks to stop after the second unit."""
 
-    def __init__(self):
-        self.stop, self.calls = Stop(), []
+        def rollout(self, weights, work):
+            asked.append((weights, work))
+            stop.requested = len(asked) == 2
+            return dataclasses.replace(units()[work.index % 2], work=work)
 
-    def rollout(self, weights, work):
-        self.calls.append((weights, work))
-        self.stop.requested = len(self.calls) == 2
-        return work
-
-
-def test_collect_walks_the_held_out_stream_and_looks_for_a_stop():
-    actor = Answering()
-    assert evaluate.collect(actor, "w", version=3, num_prompts=8, stop=actor.stop) == [Work(i, 3, 3, "test") for i in range(2)]
-    actor = Answering()
+    engine = InlineEngine(Recorder())
+    learner = types.SimpleNamespace(versions={3: "w"}, offer=lambda step: None)
+    parts = Deployment(learner, engine, TwoCandidates(), RunDirectory(tmp_path), stop)
+    config = small_config.config(evaluation__num_prompts=12, evaluation__prompts_per_work=4, evaluation__completions_per_prompt=2)
     with pytest.raises(Preempted, match="evaluation"):
-        evaluate.collect(actor, "w", version=3, num_prompts=12, stop=actor.stop)
-    assert actor.calls == [("w", Work(i, 3, 3, "test")) for i in range(2)]
+        evaluate.evaluation(config, parts, step=3)
+    assert asked == [("w", Work(i, 3, 3, "test")) for i in range(2)] and RunDirectory(tmp_path).evaluations() == []

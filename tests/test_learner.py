@@ -11,11 +11,11 @@ import pytest
 from pgrpo_jax import batching, checkpoints, parallel, update
 from pgrpo_jax import learner as learners
 from pgrpo_jax.algorithms.advantages import Diagnostics
-from pgrpo_jax.controller import Schedule
+from pgrpo_jax.schedule import Schedule
 from pgrpo_jax.structs import Work
 
 SCHEDULES = [(1, 1), (1, 2), (2, 4), (4, 8)]
-MESH = parallel.data_mesh(jax.devices()[:1])
+MESH = parallel.make_mesh(jax.devices()[:1])
 UNIT = cases.P // 2  # prompts in a unit of work: a step takes two
 
 
@@ -37,7 +37,7 @@ def make(tmp_path):
 
     yield build
     for learner in made:
-        learner._checkpoints.close()
+        learner.close()
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def log_probs(weights, units):
     """Log-probs of rollouts under weights, laid out as the learner does it."""
     flat = batching.to_train_batch(units, completions_per_prompt=cases.G, pad_id=cases.PAD)
     sliced = parallel.shard_rows(batching.micro_batches(flat, 1), MESH, axis=1)
-    return flat, np.asarray(update.score_slices(parallel.replicate(weights, MESH), cases.MODEL, cases.OBJECTIVE.support, sliced))[0]
+    return flat, np.asarray(update.score_slices(parallel.place(weights, parallel.layout(weights, MESH)), cases.MODEL, cases.OBJECTIVE.support, sliced))[0]
 
 
 @pytest.mark.parametrize("reload, accept", SCHEDULES)
@@ -89,6 +89,7 @@ def test_bookkeeping_under_a_schedule(reload, accept, make, scored):
     stale = 0
     for step in range(num_steps):
         assert learner.step == step == int(learner.state.step)
+        assert learner.next_work == int(learner.state.next_work) == 2 * step
         assert set(learner.versions) == {v for v in schedule.needed(step, num_steps)}
         for version, kept in learner.versions.items():
             assert_equal(snapshot(kept), weights[version])
@@ -114,7 +115,8 @@ def test_bookkeeping_under_a_schedule(reload, accept, make, scored):
         np.testing.assert_array_equal(learner.state.history.count, [len(r) for r in rewards])
         np.testing.assert_allclose(learner.state.history.mean, [np.mean(r) if r else 0 for r in rewards], rtol=1e-5)
         assert int(learner.state.next_work) == 2 * (step + 1)
-    assert learner.step == num_steps and learner.versions == {}
+    assert learner.step == num_steps and set(learner.versions) == {num_steps}, "the trained policy is still to be evaluated"
+    assert_equal(snapshot(learner.versions[num_steps]), weights[num_steps])
     assert (stale > 0) == (accept > 1)
 
 
@@ -215,12 +217,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(make):
 def test_advantages_come_back_in_canonical_order(make):
     """GRPO by a loop, for units whose completions lie in mixed order and are fewer than G for one prompt."""
     rng = np.random.default_rng(0)
-    units = []
-    for unit in rollouts(0):
-        rows = rng.permutation(len(unit.rewards))[:-1]
-        per_row = ("completions", "completion_lengths", "prompt_index", "behaviour_log_probs", "truncated", "rewards")
-        changes = {name: getattr(unit, name)[rows] for name in per_row} | {"texts": tuple(unit.texts[i] for i in rows)}
-        units.append(dataclasses.replace(unit, **changes))
+    units = [dropped(unit, rng.permutation(len(unit.rewards))[:-1]) for unit in rollouts(0)]
     metrics, advantages = make(preset="grpo").update(tuple(units))
     expected = []
     for unit in units:
@@ -231,25 +228,177 @@ def test_advantages_come_back_in_canonical_order(make):
     np.testing.assert_allclose(metrics["reward"], np.concatenate([u.rewards for u in units]).mean(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("num_devices", [2, 4, 8])
-def test_devices_do_not_change_the_update(num_devices, make):
-    """Float32 sums in another order: three updates stay within 1e-5 of the gradient and 1e-4 of the way the parameters went."""
-    one, many = make(), make(num_devices=num_devices)
-    compiled = update.update._cache_size()
+# --- versions: their dtype, and those that are asked for
+
+
+def test_versions_in_half_precision(make):
+    """The state stays float32; stale rollouts are scored with the rounded weights that generated them, a restored run with the same."""
+    schedule = Schedule(reload=1, accept=2)
+    learner = make(schedule=schedule, weights_dtype="bfloat16")
+    start = snapshot(learner.state.trainable)
+    learner.update(rollouts(0, schedule))
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), start)
+    assert_equal(snapshot(learner.versions[0]), rounded)
+    assert {leaf.dtype for leaf in jax.tree.leaves(learner.state.trainable)} == {np.dtype(np.float32)}
+    learner.save(wait=True)
+    units = rollouts(1, schedule)
+    flat, new = log_probs(learner.state.trainable, units)
+    metrics, _ = learner.update(units)
+    np.testing.assert_allclose(metrics["ratio"], token_means(flat, new, log_probs(rounded, units)[1])[0], rtol=1e-5)
+    assert abs(metrics["ratio"] / token_means(flat, new, log_probs(start, units)[1])[0] - 1) > 1e-4, "rounding shows"
+    resumed = make(schedule=schedule, weights_dtype="bfloat16")
+    assert resumed.restore()
+    assert_equal(snapshot(resumed.versions[0]), rounded)
+    resumed.update(units)
+    assert resumed.digest() == learner.digest()
+
+
+def test_a_version_that_is_asked_for(make):
+    """Version 0 is loaded again once no step needs it, and let go with the next update; so is the current one where j is above 1."""
+    schedule = Schedule(reload=2, accept=2)
+    learner = make(schedule=schedule)
+    base = snapshot(learner.versions[0])
+    learner.update(rollouts(0, schedule))
+    current = snapshot(learner.state.trainable)
+    assert set(learner.versions) == {0}
+    learner.offer(1)
+    assert_equal(snapshot(learner.versions[1]), current)
+    learner.update(rollouts(1, schedule))
+    assert set(learner.versions) == {2}
+    learner.offer(0)
+    learner.offer(2)
+    assert set(learner.versions) == {0, 2}
+    assert_equal(snapshot(learner.versions[0]), base)
+    with pytest.raises(ValueError, match=r"^weight version 1 is gone: version 0, the newest 2 and those [^\n]*\(\[0, 2\]\) can be offered$"):
+        learner.offer(1)
+    learner.save(wait=True)
+    resumed = make(schedule=schedule)
+    assert resumed.restore() and set(resumed.versions) == {2}, "what was only asked for is not saved"
+    learner.update(rollouts(2, schedule))
+    assert set(learner.versions) == {2}
+
+
+# --- the freshest schedule: units of several versions
+
+
+def test_units_of_several_versions(make, scored):
+    """The old policy is what the sampler reported; nothing is scored; staleness is the mean over units."""
+    learner = make(schedule=Schedule(accept=4, policy="freshest"))
+    for step in range(2):
+        learner.update(tuple(cases.rollouts(2 * step + i, version=step, prompts=UNIT, step=step) for i in range(2)))
+    assert set(learner.versions) == {2}
+    units = tuple(cases.rollouts(9 + i, version=2 * i, prompts=UNIT, step=2) for i in range(2))
+    flat, new = log_probs(snapshot(learner.state.trainable), units)
+    metrics, _ = learner.update(units, next_work=30)
+    assert scored == [] and metrics["staleness"] == (2 + 0) / 2
+    np.testing.assert_allclose(metrics["ratio"], token_means(flat, new, flat.behaviour_log_probs)[0], rtol=1e-5)
+    assert learner.next_work == int(learner.state.next_work) == 30
+    learner.save(wait=True)
+    resumed = make(schedule=Schedule(accept=4, policy="freshest"))
+    assert resumed.restore() and (resumed.step, resumed.next_work) == (3, 30) and set(resumed.versions) == {3}
+
+
+# --- completions that a reward policy dropped
+
+
+def dropped(unit, keep):
+    """A unit of which only the completions `keep` are left."""
+    per_row = ("completions", "completion_lengths", "prompt_index", "behaviour_log_probs", "truncated", "rewards")
+    changes = {name: getattr(unit, name)[keep] for name in per_row} | {"texts": tuple(unit.texts[i] for i in keep)}
+    return dataclasses.replace(unit, **changes)
+
+
+def test_a_prompt_and_a_unit_without_completions(make):
+    """The rows that are left count as if the others had never been: loss, history and metrics."""
+    first, second = rollouts(0)
+    keep = np.array([1, 2, 3, 8, 9])  # of prompt 0 three, of prompt 1 none, of prompt 2 two, of prompt 3 none
+    learner = make(preset="grpo")
+    metrics, advantages = learner.update((dropped(first, keep), dropped(second, np.zeros(0, int))))
+    assert len(advantages) == 5 and int(learner.state.history.count.sum()) == 5
+    for rows in ([0, 1, 2], [3, 4]):
+        own = np.float64(first.rewards[keep[rows]])
+        np.testing.assert_allclose(advantages[rows], (own - own.mean()) / (own.std() + 1e-6), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(metrics["reward"], np.float64(first.rewards[keep]).mean(), rtol=1e-6)
+    assert metrics["dead_prompts"] == 6 / 8 and metrics["ratio"] == 1 and metrics["grad_norm"] > 0
+
+
+def test_a_step_without_completions(make):
+    """No reward, so no metric of one; the parameters only decay."""
+    learner = make()
+    start = snapshot(learner.state.trainable)
+    metrics, advantages = learner.update(tuple(dropped(unit, np.zeros(0, int)) for unit in rollouts(0)))
+    assert advantages.shape == (0,) and learner.step == 1 and metrics["loss"] == 0
+    assert all(np.isnan(metrics[name]) for name in ("reward", "reward_std", "advantage_mean", "advantage_std", "length"))
+    assert metrics["dead_prompts"] == 1 and metrics["preference_group/0/count"] == 0
+    np.testing.assert_array_equal(learner.state.trainable["final_norm"], start["final_norm"])
+    assert int(learner.state.history.count.sum()) == 0
+
+
+# --- meshes
+
+MESHES = {"data 8": (8, 1, 1), "fsdp 4 x tp 2": (8, 4, 2), "data 2 x fsdp 2 x tp 2": (8, 2, 2)}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Three updates on one device: what each returned, and the state after them."""
+    with jax.numpy_dtype_promotion("standard"):
+        learner = cases.learner(tmp_path_factory.mktemp("alone"))
+        found = [learner.update(rollouts(step)) for step in range(3)]
+        yield found, snapshot(learner.state)
+        learner.close()
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_mesh_does_not_change_the_update(mesh, make, alone):
+    """Float32 sums in another order: three updates stay within 1e-5 of the gradient and 1e-4 of the way the parameters went.
+
+    Counts of the history are exact; advantages and moments depend on the number of devices, not on how they are arranged.
+    """
+    num_devices, fsdp, tp = MESHES[mesh]
+    expected, one = alone
+    many = make(num_devices=num_devices, fsdp=fsdp, tp=tp)
+    step_program = parallel.compiled(
+        update._step, (jax.tree.map(lambda x: x.sharding, many.state), None), donate_argnums=(0,),
+        model=cases.MODEL, settings=cases.OBJECTIVE, optimiser_settings=cases.OPTIMISER,
+    )  # fmt: skip
+    layout = parallel.layout(many.state, many._mesh)
+    history = cases.reward_history.init(cases.K)
     for step in range(3):
-        expected, expected_advantages = one.update(rollouts(step))
         metrics, advantages = many.update(rollouts(step))
-        np.testing.assert_allclose(advantages, expected_advantages, rtol=1e-5, atol=1e-6)
-        for name, value in expected.items():
+        flat = batching.to_train_batch(rollouts(step), completions_per_prompt=cases.G, pad_id=cases.PAD)
+        rows = flat.rewards, flat.prompt_index, flat.preference_ids[flat.prompt_index], flat.valid
+        exact, history, _ = cases.kernel("p_grpo", num_devices)(*rows, history)
+        np.testing.assert_array_equal(advantages, exact)
+        np.testing.assert_allclose(advantages, expected[step][1], rtol=1e-5, atol=1e-6)
+        for name, value in expected[step][0].items():
             np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
-    assert update.update._cache_size() <= compiled + 2, "one program for each number of devices, not one for each step"
-    moments, expected_moments = (snapshot(learner.state.optimiser[1][0].mu) for learner in (many, one))
+        assert jax.tree.map(lambda x: x.sharding, many.state) == layout, "the layout does not drift"
+    assert step_program._cache_size() == 1, "one program for each mesh, not one for each step"
+    assert_equal(snapshot(many.state.history), history)
+    np.testing.assert_array_equal(many.state.history.count, one.history.count)
+    moments, expected_moments = (state.optimiser[1][0].mu for state in (snapshot(many.state), one))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), moments, expected_moments)
-    weights, expected_weights, start = snapshot(many.state.trainable), snapshot(one.state.trainable), cases.params("policy")
+    start = cases.params("policy")
     distance = lambda a, b: np.sqrt(sum(np.sum((x - y) ** 2) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))))  # noqa: E731
-    assert distance(weights, expected_weights) < 1e-4 * distance(expected_weights, start)
-    for leaf in jax.tree.leaves(many.state):
-        assert leaf.sharding.is_fully_replicated and len(leaf.sharding.device_set) == num_devices
+    assert distance(snapshot(many.state.trainable), one.trainable) < 1e-4 * distance(one.trainable, start)
+    for path, leaf in jax.tree_util.tree_leaves_with_path((many.state.trainable, many.state.optimiser, many.versions)):
+        cut = fsdp * tp if leaf.ndim > 1 and "norm" not in jax.tree_util.keystr(path) else 1
+        assert {shard.data.nbytes * cut for shard in leaf.addressable_shards} == {leaf.nbytes}, path
+
+
+def test_a_checkpoint_goes_on_on_another_mesh(make):
+    """Saved on fsdp 4 x tp 2, restored there to the bit, and on one device to the same values."""
+    schedule = Schedule(accept=2)
+    saving = make(num_devices=8, fsdp=4, tp=2, schedule=schedule)
+    saving.update(rollouts(0, schedule))
+    saving.save(wait=True)
+    same, other = make(num_devices=8, fsdp=4, tp=2, schedule=schedule), make(schedule=schedule)
+    for learner in (same, other):
+        assert learner.restore() and learner.digest() == saving.digest()
+        assert checkpoints.state_sha256(learner.versions) == checkpoints.state_sha256(saving.versions)
+        layout = parallel.layout(learner.state, learner._mesh)
+        assert jax.tree.map(lambda x: x.sharding, learner.state) == layout
 
 
 def test_a_restored_learner_goes_on_to_the_bit(make):

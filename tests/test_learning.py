@@ -32,6 +32,7 @@ def config(preset: str):
     made.generation.prompt_buckets = (40,)
     made.optimiser.learning_rate = 1e-2
     made.learner.num_devices = 1
+    made.rewards.num_processes = 0
     return made
 
 
@@ -40,7 +41,7 @@ def gain(preset: str, directory) -> float:
     made = config(preset)
     task = assembly.load_task(made)
     base = assembly.load_base(made, task)
-    actor = assembly.make_actor(made, base, task)
+    actor = assembly.make_actor(made, base, task, assembly.make_rewards(made))
     checkpoints = Checkpoints(directory, identity={})
     learner = assembly.make_learner(made, base, checkpoints)
     rewards = []

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 
 from pgrpo_jax.rollout_files import load_rollouts, pack_rollouts
-from pgrpo_jax.structs import Prompt, Rollouts, Work
+from pgrpo_jax.structs import Prompt, RewardFailure, Rollouts, Work
 
 
 def unit(seed, index):
     random = np.random.default_rng(seed)
+    failures = (RewardFailure(1, "ZeroDivisionError: \udc80", "zero"), RewardFailure(3, "timeout", "drop"))
     facts = {"titles": ["Misérables, Les"], "ratings": {"a": 4.5, "b": None}}
     prompts = (Prompt("u1", "Which film?\u2028\x1b[2J", 0, facts), Prompt("u2", "", 3, {}))
     return Rollouts(
-        work=Work(index=index, step=4, version=3, split="train"), prompt_records=prompts,
+        work=Work(index=index, step=4, version=3, split="train", failed_rewards=failures[:1]),
+        prompt_records=prompts, reward_failures=failures,
         prompts=random.integers(0, 99, (2, 5), dtype=np.int32), prompt_lengths=np.array([5, 2], np.int32),
         completions=random.integers(0, 99, (4, 3), dtype=np.int32), completion_lengths=np.array([3, 0, 1, 2], np.int32),
         prompt_index=np.array([0, 0, 1, 1], np.int32), behaviour_log_probs=random.normal(size=(4, 3)).astype(np.float32),

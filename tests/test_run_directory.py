@@ -1,5 +1,6 @@
 """The records of a run: durable at once, standard JSON, and after a resume no step missing or twice, on disk and in a bucket."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ from tensorboardX.proto import event_pb2
 
 from pgrpo_jax.rollout_files import load_rollouts
 from pgrpo_jax.run_directory import RunDirectory, write_atomically
-from pgrpo_jax.structs import Prompt, Rollouts, Work
+from pgrpo_jax.structs import Prompt, RewardFailure, Rollouts, Work
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -234,3 +235,62 @@ def test_without_the_flag_no_tensorboard_files(tmp_path):
     write(run, 1)
     run.close()
     assert not (tmp_path / "tensorboard").exists()
+
+
+def failing(step, *failures, split="train"):
+    unit = rollouts(step)
+    return dataclasses.replace(unit, work=dataclasses.replace(unit.work, split=split), reward_failures=failures)
+
+
+HANG, CRASH = RewardFailure(1, "timeout after 30 s", "zero"), RewardFailure(0, "ValueError: \udc80\u2028", "drop")
+
+
+def test_verdicts_are_read_back_by_unit_and_split_and_survive_a_resume(workdir):
+    run = RunDirectory(workdir)
+    run.write_config({})
+    run.write_verdicts([rollouts(1), rollouts(2)])
+    assert run.verdicts("train") == {} and not (run.path / "verdicts.jsonl").exists()
+    run.write_verdicts([failing(1, CRASH, HANG), rollouts(2)])
+    run.write_verdicts([failing(3, HANG), failing(3, CRASH, split="test")])
+    write(run, 1)
+    resumed = RunDirectory(workdir)
+    resumed.truncate_after(0)
+    assert recorded(resumed) == []
+    assert resumed.verdicts("train") == {(1, 0): (CRASH, HANG), (3, 2): (HANG,)}
+    assert resumed.verdicts("test") == {(3, 2): (CRASH,)}
+    lines = [json.loads(line) for line in (run.path / "verdicts.jsonl").read_text().splitlines()]
+    assert lines[0] == {"split": "train", "index": 1, "version": 0, "row": 0, "reason": "ValueError: \udc80\u2028", "policy": "drop"}
+
+
+def test_a_verdict_is_not_written_twice_and_another_version_is_another_answer(workdir):
+    run = RunDirectory(workdir)
+    run.write_config({})
+    unit = failing(1, HANG)
+    run.write_verdicts([unit, unit])
+    run.write_verdicts([failing(1, HANG, CRASH)])  # the unit made again: one repeated, one new
+    later = dataclasses.replace(unit, work=dataclasses.replace(unit.work, version=7))
+    run.write_verdicts([later])
+    assert RunDirectory(workdir).verdicts("train") == {(1, 0): (HANG, CRASH), (1, 7): (HANG,)}
+    assert len((run.path / "verdicts.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_torn_verdict_costs_only_itself(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.write_verdicts([failing(1, HANG), failing(2, CRASH)])
+    path = tmp_path / "verdicts.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    run.truncate_after(0)
+    run.write_verdicts([failing(3, HANG)])
+    assert run.verdicts("train") == {(1, 0): (HANG,), (3, 2): (HANG,)}
+
+
+def test_a_verdict_survives_a_kill_at_once(tmp_path):
+    program = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); sys.path.insert(0, sys.argv[2])\n"
+        "from test_run_directory import HANG, RunDirectory, failing\n"
+        "RunDirectory(sys.argv[3]).write_config({})\n"
+        "RunDirectory(sys.argv[3]).write_verdicts([failing(1, HANG)])\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n")
+    done = subprocess.run([sys.executable, "-c", program, str(ROOT), str(ROOT / "tests"), str(tmp_path / "new")], timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert RunDirectory(tmp_path / "new").verdicts("train") == {(1, 0): (HANG,)}

@@ -3,27 +3,33 @@
 import pytest
 import small_config
 
-from pgrpo_jax import settings
+from pgrpo_jax import placement, settings
 from pgrpo_jax.assembly import check_task, load_base, load_task
 from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.models.tokenizer import ByteTokenizer
+from pgrpo_jax.schedule import Schedule
 from pgrpo_jax.tasks import letters
+
+
+def check(config, num_devices):
+    settings.check(config)
+    placement.check_devices(config, num_devices=num_devices)
 
 
 def errors(num_devices=8, **changes):
     with pytest.raises(settings.ConfigError) as error:
-        settings.check(small_config.config(**changes), num_devices=num_devices)
+        check(small_config.config(**changes), num_devices)
     return str(error.value).splitlines()
 
 
 def test_the_small_configuration_runs():
-    settings.check(small_config.config(), num_devices=8)
-    settings.check(small_config.config(learner__num_devices=0), num_devices=4)
+    check(small_config.config(), 8)
+    check(small_config.config(learner__num_devices=0), 4)
 
 
 BAD = [
     ({"preset": "ppo"}, "preset is 'ppo', must be one of grpo, p_grpo: set config.preset"),
-    ({"engine": "warp"}, "engine = 'warp' is unknown: use one of inline"),
+    ({"engine": "warp"}, "engine = 'warp' is unknown: use one of inline, threads, ray"),
     ({"task__name": "chess"}, "task.name = 'chess' is unknown: use one of movielens, letters"),
     ({"model__dtype": "int8"}, "model.dtype = 'int8' is unknown: use one of float32, bfloat16"),
     ({"optimiser__schedule": "step"}, "optimiser.schedule = 'step' is unknown: use one of constant, cosine, linear"),
@@ -47,6 +53,18 @@ BAD = [
     ({"staleness__reload": 2},
      "staleness.accept = 1 is below staleness.reload = 2: it would need versions of the future; set accept >= reload"),
     ({"staleness__lag": 1}, "staleness.lag = 1 is outside [0, accept - reload = 0]: rollouts would be too old to accept"),
+    ({"staleness__policy": "newest"}, "staleness.policy = 'newest' is unknown: use one of deterministic, freshest"),
+    ({"staleness__accept": 0},
+     "staleness.accept = 0 (no bound) can not be scheduled: set accept >= reload, or staleness.policy to 'freshest'"),
+    ({"staleness__policy": "freshest", "staleness__accept": 4, "staleness__lag": 2},
+     "staleness.lag = 2 has no place in staleness.policy = 'freshest': leave it unset"),
+    ({"rewards__on_failure": "ignore"}, "rewards.on_failure = 'ignore' is unknown: use one of fail, zero, drop"),
+    ({"rewards__timeout_secs": 0.0}, "rewards.timeout_secs = 0.0 is not above 0: every reward would fail; 30 is usual"),
+    ({"rewards__timeout_secs": float("inf")}, "rewards.timeout_secs = inf is not above 0: every reward would fail; 30 is usual"),
+    ({"lease_secs": 0.0},
+     "lease_secs = 0.0 is not above 0: every unit would be given up at once; several times what a unit takes is usual"),
+    ({"lease_secs": float("nan")},
+     "lease_secs = nan is not above 0: every unit would be given up at once; several times what a unit takes is usual"),
     ({"prompts_per_work": 3}, "prompts_per_step = 4 is not divisible by prompts_per_work = 3: change one of them"),
     ({"learner__micro_batches": 3}, "prompts_per_step = 4 is not divisible by learner.micro_batches = 3: change one of them"),
     ({"learner__num_devices": 3}, "prompts_per_step / learner.micro_batches = 4 is not divisible by "
@@ -54,7 +72,7 @@ BAD = [
     ({"learner__num_devices": 0}, "prompts_per_step / learner.micro_batches = 4 is not divisible by "
      "the learner's devices (learner.num_devices, 0 = all) = 8: change one of them"),
     ({"learner__num_devices": 16, "prompts_per_step": 16},
-     "learner.num_devices = 16 is more than the 8 local devices: lower it, or 0 for all"),
+     "learner.num_devices = 16 is more than the 8 devices there are: lower it, or 0 for all"),
     ({"evaluation__prompts_per_work": 3},
      "evaluation.num_prompts = 8 is not divisible by evaluation.prompts_per_work = 3: change one of them"),
     ({"model__random__num_heads": 0}, "model.random.num_heads = 0 is below 1: set it to at least 1"),
@@ -133,7 +151,10 @@ def test_what_the_settings_become():
     assert learner.objective.support == Support(temperature=0.5, top_k=7, top_p=1.0)  # the sampler's own
     assert settings.generation_settings(config, ByteTokenizer()).support == learner.objective.support
     assert (learner.optimiser.warmup_steps, learner.optimiser.num_updates) == (2 * 3, 12 * 3)  # in optimiser steps
-    assert (learner.schedule.reload, learner.schedule.accept, learner.schedule.lag) == (1, 3, 1)
+    assert learner.schedule == Schedule(reload=1, accept=3, lag=1, policy="deterministic")
+    unbounded = small_config.config(staleness__policy="freshest", staleness__accept=0, staleness__reload=4)
+    check(unbounded, 8)
+    assert settings.schedule(unbounded) == Schedule(reload=4, accept=0, lag=0, policy="freshest")
     assert settings.generation_settings(config, ByteTokenizer()).prompt_buckets == (8, 40)
     assert settings.advantage_options(config) == {"num_prompts": 4, "epsilon": 1e-6, "std_floor": 1e-3, "min_count": 8}
     assert settings.advantage_options(small_config.config(algorithm__min_count=0))["min_count"] == 0

@@ -12,14 +12,17 @@ import pytest
 import small_config
 
 from pgrpo_jax import metrics
+from pgrpo_jax.controller import COUNTERS
 from pgrpo_jax.preemption import EXIT_PREEMPTED, Stop
 from pgrpo_jax.rollout_files import load_rollouts
-from pgrpo_jax.run_directory import RunDirectory
+from pgrpo_jax.run_directory import check_workdir, RunDirectory
 from pgrpo_jax.structs import Prompt, Rollouts, Work
-from pgrpo_jax.tasks import TASKS, letters
-from pgrpo_jax.train import check_workdir, generation_metrics, samples_of, train
+from pgrpo_jax.tasks import JUDGES, TASKS, letters
+from pgrpo_jax.step_records import generation_metrics, samples_of
+from pgrpo_jax.train import train
 
-WALL_CLOCK = {"wall_secs", "generation_secs", "update_secs", "checkpoint_secs", "tokens_per_sec"}
+WALL_CLOCK = {"wall_secs", "generation_secs", "wait_secs", "update_secs", "publish_secs", "checkpoint_secs", "tokens_per_sec"}
+WALL_CLOCK |= {f"controller/{name}" for name in COUNTERS}  # of timing and faults
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -171,12 +174,13 @@ class Faulty(letters.Letters):
 
 
 def give(monkeypatch, strange):
-    monkeypatch.setitem(TASKS, "letters", lambda *args, **kwargs: Faulty(**vars(letters.load(*args, **kwargs)), strange=strange))
+    for tasks in (TASKS, JUDGES):
+        monkeypatch.setitem(tasks, "letters", lambda *args, **kwargs: Faulty(**vars(letters.load(*args, **kwargs)), strange=strange))
 
 
 def test_a_reward_that_is_no_number_ends_the_run_between_two_records(monkeypatch, tmp_path):
     give(monkeypatch, float("nan"))
-    with pytest.raises(ValueError, match=r"^reward nan of prompt train-\d+-\d, answer .* is not finite: .*fix the task's reward$"):
+    with pytest.raises(ValueError, match=r"^reward of prompt train-\d+-\d, answer .*: reward nan is not finite: fix the task's reward"):
         run(tmp_path)
     assert [line["step"] for line in RunDirectory(tmp_path).metrics()] == [1, 2]
     assert [step.name for step in (tmp_path / "checkpoints").iterdir()] == ["2"]

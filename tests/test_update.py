@@ -139,6 +139,22 @@ def test_slicing_is_invisible(count):
         np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
+@pytest.mark.parametrize("fsdp, tp", [(8, 1), (2, 2)])
+def test_the_mesh_is_invisible(fsdp, tp):
+    """In float64, to 1e-12 of the gradient; clip, KL and masks active."""
+    params, batch, advantages, old, fixed, *_ = example(np.float64)
+    mesh = parallel.make_mesh(jax.devices(), fsdp=fsdp, tp=tp)
+    with jax.enable_x64(True):
+        parts = parallel.shard_rows((batching.micro_batches(batch, 1), advantages[None], old[None], fixed[None]), mesh, axis=1)
+        placed = parallel.place(params, parallel.layout(params, mesh))
+        program = jax.jit(updates.accumulate, static_argnums=(1, 2), compiler_options=QUICK)
+        gradient, *rest = jax.device_get(program(placed, model(np.float64), WITH_KL, *parts))
+    expected, *others = accumulated(1, np.float64)
+    assert relative(gradient, expected) < 1e-12
+    for found, wanted in zip(jax.tree.leaves(tuple(rest)), jax.tree.leaves(tuple(others)), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
 def test_the_policy_that_generated_is_its_own_old_policy():
     """Without old log-probs the ratio is exactly 1; the gradient is the one with the policy's own log-probs as the old ones."""
     params, batch, advantages, *_, log_probs, _ = example()
@@ -251,11 +267,11 @@ def test_weight_decay_leaves_every_norm_of_the_model_alone(lenient):
 # --- the compiled update
 
 
-MESH = parallel.data_mesh(jax.devices()[:1])
+MESH = parallel.make_mesh(jax.devices()[:1])
 
 
 def fresh() -> TrainState:
-    return parallel.replicate(initial_state(cases.params("policy"), reward_history.init(cases.K), cases.OPTIMISER), MESH)
+    return initial_state(cases.params("policy"), reward_history.init(cases.K), cases.OPTIMISER, MESH)
 
 
 def whole(batch, advantages):

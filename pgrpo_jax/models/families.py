@@ -184,6 +184,52 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Any]:
     return {**tree, "layers": stacked}
 
 
+# Where a parameter is cut when a model is spread over devices: for each axis of `parameter_shapes`, the mesh axis that splits it, or None.
+# "tp" (tensor parallelism) cuts heads, hidden units and tokens of the vocabulary; "fsdp" (fully sharded data parallelism, ZeRO 3,
+# arXiv:1910.02054) cuts the residual stream. Norm scales are a few kilobytes, and whole everywhere.
+SHARDED_AXES: dict[str, tuple[str | None, ...]] = {
+    "embedding": ("tp", "fsdp"),  # [V, D]
+    "final_norm": (None,),  # [D]
+    "head": ("fsdp", "tp"),  # [D, V]
+    "attention_norm": (None, None),  # [L, D]
+    "query": (None, "fsdp", "tp", None),  # [L, D, H, Dh]
+    "key": (None, "fsdp", "tp", None),  # [L, D, Hkv, Dh]
+    "value": (None, "fsdp", "tp", None),  # [L, D, Hkv, Dh]
+    "output": (None, "tp", None, "fsdp"),  # [L, H, Dh, D]
+    "mlp_norm": (None, None),  # [L, D]
+    "gate": (None, "fsdp", "tp"),  # [L, D, F]
+    "up": (None, "fsdp", "tp"),  # [L, D, F]
+    "down": (None, "tp", "fsdp"),  # [L, F, D]
+}
+
+
+def sharding_faults(config: ModelConfig, *, fsdp: int, tp: int) -> list[str]:
+    """Returns why a model can not be cut over so many devices, one line for each size that does not divide; empty if it can.
+
+    Args:
+        config: the model's sizes.
+        fsdp: devices that share the residual stream's axis of each parameter.
+        tp: devices that share heads, hidden units and vocabulary.
+    """
+    sizes = {
+        "width": (config.width, "fsdp", fsdp),
+        "num_heads": (config.num_heads, "tp", tp),
+        "num_kv_heads": (config.num_kv_heads, "tp", tp),
+        "mlp_width": (config.mlp_width, "tp", tp),
+        "vocab_size": (config.vocab_size, "tp", tp),
+    }
+    return [
+        f"the model's {name} = {size} is not divisible by {axis} = {parts}: set {axis} to a divisor, {_divisors(size)}"
+        for name, (size, axis, parts) in sizes.items()
+        if size % parts
+    ]
+
+
+def _divisors(size: int) -> str:
+    """The divisors that are usual numbers of devices."""
+    return ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
+
+
 class Placement(NamedTuple):
     """Where one tensor of a file goes.
 

@@ -1,6 +1,7 @@
 """Tasks: where prompts come from, and what an answer is worth.
 
-`TASKS[name](data_dir, seed=…, num_preference_groups=…)` loads one.
+`TASKS[name](data_dir, seed=…, num_preference_groups=…)` loads one. `JUDGES[name]`, called alike, loads only what `reward` needs: reward
+processes hold no prompts.
 """
 
 from typing import Callable, Mapping, Protocol, Sequence
@@ -18,10 +19,12 @@ class Task(Protocol):
     Attributes:
         num_preference_groups: K.
         preference_group_names: K short descriptions for people.
+        reward_components: names of the components of every reward, "answered" among them.
     """
 
     num_preference_groups: int
     preference_group_names: tuple[str, ...]
+    reward_components: tuple[str, ...]
 
     def num_prompts(self, split: str) -> int:
         """Returns the number of different prompts of a split, "train" or "test"."""
@@ -50,3 +53,4 @@ class Task(Protocol):
 
 
 TASKS: Mapping[str, Callable[..., Task]] = {"movielens": movielens.load, "letters": letters.load}
+JUDGES: Mapping[str, Callable[..., Task]] = {"movielens": movielens.load_judge, "letters": letters.load}

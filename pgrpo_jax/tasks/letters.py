@@ -14,7 +14,7 @@ training and 128 test users preference group p has the share (K - p) / (1 + 2 + 
 
 import dataclasses
 import string
-from typing import Mapping, Sequence
+from typing import ClassVar, Mapping, Sequence
 
 import numpy as np
 
@@ -43,6 +43,7 @@ class Letters:
     preference_group_names: tuple[str, ...]
     seed: int
     split_prompts: Mapping[str, tuple[Prompt, ...]]
+    reward_components: ClassVar[tuple[str, ...]] = ("answered", "share")
 
     def num_prompts(self, split: str) -> int:
         """Returns the number of different prompts of a split, "train" or "test"."""

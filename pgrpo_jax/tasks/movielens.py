@@ -7,7 +7,7 @@ one star is still better than no answer.
 import dataclasses
 import json
 import pathlib
-from typing import Any, Mapping, Sequence
+from typing import Any, ClassVar, Mapping, Sequence
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class MovieLens:
     preference_group_names: tuple[str, ...]
     split_sizes: Mapping[str, int]
     streams: Mapping[str, Any]
+    reward_components: ClassVar[tuple[str, ...]] = ("answered", "rating")
 
     def num_prompts(self, split: str) -> int:
         """Returns the number of different prompts of a split, "train" or "test"."""
@@ -136,3 +137,18 @@ def load(data_dir: str, *, seed: int, num_preference_groups: int) -> MovieLens:
         split_sizes={"train": len(train), "test": len(test)},
         streams={"train": train.seed(seed).shuffle().repeat(), "test": test.repeat()},
     )
+
+
+def load_judge(data_dir: str, *, seed: int, num_preference_groups: int) -> MovieLens:
+    """Makes the task without its prompts, at no cost: a prompt's facts hold all that `reward` needs.
+
+    Args:
+        data_dir: ignored.
+        seed: ignored.
+        num_preference_groups: K.
+
+    Returns:
+        The task; of its methods only `reward`, `choice` and `baselines` work.
+    """
+    del data_dir, seed
+    return MovieLens(num_preference_groups=num_preference_groups, preference_group_names=(), split_sizes={}, streams={})

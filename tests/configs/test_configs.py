@@ -10,7 +10,7 @@ import ml_collections
 import pytest
 
 from configs import base
-from pgrpo_jax import settings
+from pgrpo_jax import placement, settings
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base"))
@@ -59,7 +59,8 @@ def test_an_unset_key_takes_only_its_type():
 def test_a_configuration_loads_is_locked_and_may_run(path):
     config = load(path)
     assert sorted(leaves(config)) == sorted(base.KEYS) and config.is_locked
-    settings.check(config, num_devices=1)
+    settings.check(config)
+    placement.check_devices(config, num_devices=1)
     with pytest.raises(AttributeError):
         config.nope = 1
     with pytest.raises(AttributeError):

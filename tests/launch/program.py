@@ -9,13 +9,15 @@ import sys
 
 import small_config
 
+from pgrpo_jax.controller import COUNTERS
 from pgrpo_jax.rollout_files import load_rollouts
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIGNAL_AT = pathlib.Path(__file__).parent / "signal_at.py"
 TIMEOUT_SECS = 500  # of one process, on a machine that is busy with others; never waited for when all is well
 LONG = {"num_steps": 40, "checkpoint__save_every": 4}  # steps enough to be hit by a signal
-WALL_CLOCK = ("wall_secs", "generation_secs", "update_secs", "checkpoint_secs", "tokens_per_sec")
+WALL_CLOCK = {"wall_secs", "generation_secs", "wait_secs", "update_secs", "publish_secs", "checkpoint_secs", "tokens_per_sec"}
+WALL_CLOCK |= {f"controller/{name}" for name in COUNTERS}  # of timing and faults
 
 
 def command(workdir, *, program="train", config="configs/smoke.py", at=None, **changes):

@@ -45,7 +45,7 @@ def test_reward_by_hand(preference_id, answer, total, share):
     task = load(3)
     reward = task.reward(prompt_of(task, preference_id), answer)
     assert reward.total == pytest.approx(total, rel=1e-12)
-    assert reward.components == {"answered": 1.0, "share": share}
+    assert reward.components == {"answered": 1.0, "share": share} and tuple(reward.components) == task.reward_components
     assert task.choice(prompt_of(task, preference_id), answer) is None
 
 

@@ -57,6 +57,9 @@ def test_reward_by_hand(real_task, answer, total, answered, choice):
     assert reward.total == total
     assert reward.components == {"answered": answered, "rating": total}
     assert real_task.choice(example(), answer) == choice
+    judge = movielens.load_judge("nowhere", seed=0, num_preference_groups=5)  # without the data
+    assert judge.reward(example(), answer) == reward and judge.choice(example(), answer) == choice
+    assert tuple(reward.components) == judge.reward_components == real_task.reward_components
 
 
 def test_two_builds_are_byte_identical_and_keyed(synthetic_dir, tmp_path):

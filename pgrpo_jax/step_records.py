@@ -1,0 +1,48 @@
+"""Floor 5: what is recorded of a step beside the learner's metrics, from its rollouts."""
+
+from typing import Any, Sequence
+
+import numpy as np
+
+from pgrpo_jax.structs import Rollouts
+
+
+def generation_metrics(rollouts: Sequence[Rollouts]) -> dict[str, float]:
+    """Returns the metrics that only the rollouts know.
+
+    Args:
+        rollouts: of one step.
+    """
+    secs = sum(r.generation_secs for r in rollouts)
+    tokens = sum(int(r.completion_lengths.sum()) for r in rollouts)
+    components = {name: np.concatenate([r.reward_components[name] for r in rollouts]).mean() for name in rollouts[0].reward_components}
+    return {
+        "answered": float(components["answered"]),
+        "truncated": float(np.concatenate([r.truncated for r in rollouts]).mean()),
+        "generation_secs": secs,
+        "tokens_per_sec": tokens / secs if secs > 0 else float("nan"),
+    }
+
+
+def samples_of(rollouts: Sequence[Rollouts], advantages: np.ndarray, *, step: int) -> list[dict[str, Any]]:
+    """Returns one record for each completion of a step, for samples.jsonl.
+
+    Args:
+        rollouts: of one step, in canonical order.
+        advantages: [N], in the same order.
+        step: updates done.
+    """
+    rows = [(r, i) for r in rollouts for i in range(len(r.texts))]
+    return [
+        {
+            "step": step,
+            "prompt_id": r.prompt_records[r.prompt_index[i]].prompt_id,
+            "preference_id": r.prompt_records[r.prompt_index[i]].preference_id,
+            "prompt": r.prompt_records[r.prompt_index[i]].text,
+            "answer": r.texts[i],
+            "reward": float(r.rewards[i]),
+            "advantage": float(advantage),
+            "truncated": bool(r.truncated[i]),
+        }
+        for (r, i), advantage in zip(rows, advantages, strict=True)
+    ]
