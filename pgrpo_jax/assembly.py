@@ -17,7 +17,7 @@ from pgrpo_jax.checkpoints import Checkpoints
 from pgrpo_jax.generation.engine import bucket_length
 from pgrpo_jax.learner import Learner, initial_state
 from pgrpo_jax.models import tokenizer as tokenizers
-from pgrpo_jax.models import transformer, weights
+from pgrpo_jax.models import families, transformer, weights
 from pgrpo_jax.tasks import Task, mixture
 from pgrpo_jax.verifiers import Judge
 from pgrpo_jax.verifiers.rewards import RewardPool
@@ -91,23 +91,28 @@ def load_base(config: Any, task: Task, *, parameters: bool = True) -> Base:
         parameters: False where the weights come from elsewhere (an actor process); `params` is then None.
 
     Raises:
-        ValueError: a prompt is longer than the largest bucket, or bucket and answer exceed the model's context.
+        ValueError: a prompt is longer than the largest bucket, bucket and answer exceed the model's context, or the model can not be
+            cut over the devices of learner.mesh or actor.tp.
         FileNotFoundError: there is no model file.
     """
     path, dtype = config.model.path, jnp.dtype(config.model.dtype)
     tokenizer = tokenizers.from_gguf(path) if path else tokenizers.ByteTokenizer()
     model_config = weights.read_config(path) if path else settings.random_model(config, tokenizer.vocab_size)
     _check_lengths(config, task, tokenizer, model_config.context_length)
+    mesh = config.learner.mesh
+    faults = families.sharding_faults(model_config, of="learner.mesh", fsdp=mesh.fsdp, tp=mesh.tp)
+    faults += families.sharding_faults(model_config, of="actor", fsdp=1, tp=config.actor.tp)
+    if faults:
+        raise ValueError("\n".join(faults))
     model = transformer.Transformer(model_config, dtype=dtype)
     params = load_params(config, model) if parameters else None
     return Base(model=model, params=params, tokenizer=tokenizer, sha256=weights.digest(path) if path else "random")
 
 
 def load_params(config: Any, model: transformer.Transformer) -> Any:
-    """Returns the parameters of the untrained policy: from the model file, or drawn."""
+    """Returns the parameters of the untrained policy: from the model file, on the host (a device may not hold them all), or drawn."""
     if config.model.path:
-        _, params = weights.load_gguf(config.model.path)
-        return jax.tree.map(jnp.asarray, params)
+        return weights.load_gguf(config.model.path)[1]
     return transformer.initialise(model, jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(b"model.random")))
 
 

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from pgrpo_jax.algorithms.advantages import Diagnostics, Estimator
-from pgrpo_jax.models.families import ModelConfig, parameter_shapes, SHARDED_AXES
+from pgrpo_jax.models.families import ModelConfig, parameter_shapes, sharding_faults, SHARDED_AXES
 from pgrpo_jax.structs import RewardHistory
 
 AXIS = "devices"  # of `pmapped`
@@ -185,6 +185,8 @@ def actor_shardings(model: ModelConfig, devices: Sequence[jax.Device], *, dtype:
         ValueError: heads, hidden units or vocabulary do not divide by the number of devices.
     """
     shapes = parameter_shapes(model)
+    if faults := sharding_faults(model, of="actor", fsdp=1, tp=len(devices)):
+        raise ValueError(faults[0])
     if len(devices) == 1:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(devices[0]), shapes)
     else:

@@ -69,13 +69,12 @@ def test_each_device_holds_its_share(fsdp, tp):
 
 
 def test_sizes_that_do_not_divide_are_named_with_what_would():
-    assert sharding_faults(cases.CONFIG, fsdp=4, tp=2) == []
-    faults = sharding_faults(cases.CONFIG, fsdp=5, tp=4)
-    assert faults == [
-        "the model's width = 16 is not divisible by fsdp = 5: set fsdp to a divisor, 1, 2, 4, 8, 16",
-        "the model's num_kv_heads = 2 is not divisible by tp = 4: set tp to a divisor, 1, 2",
+    assert sharding_faults(cases.CONFIG, of="learner.mesh", fsdp=4, tp=2) == []
+    assert sharding_faults(cases.CONFIG, of="learner.mesh", fsdp=5, tp=4) == [
+        "the model's width = 16 is not divisible by learner.mesh.fsdp = 5: set it to a divisor, 1, 2, 4, 8, 16",
+        "the model's num_kv_heads = 2 is not divisible by learner.mesh.tp = 4: set it to a divisor, 1, 2",
     ]
-    assert len(sharding_faults(cases.CONFIG, fsdp=1, tp=3)) == 4, "heads, key and value heads, hidden units, vocabulary"
+    assert len(sharding_faults(cases.CONFIG, of="actor", fsdp=1, tp=3)) == 4, "heads, key and value heads, hidden units, vocabulary"
 
 
 def test_rows_are_split_over_data_and_fsdp():
@@ -130,6 +129,11 @@ def test_the_model_runs_as_an_actor_holds_it():
     logits = jax.jit(lambda p: cases.transformer.logits(p, cases.transformer.forward(cases.MODEL, p, tokens, tokens % 5)[0]))
     both = [logits(parallel.localise(params, model=cases.CONFIG, devices=jax.devices()[:n])) for n in (1, 2)]
     np.testing.assert_allclose(both[1], both[0], rtol=1e-5, atol=1e-5)
+
+
+def test_an_actor_that_can_not_hold_the_model_is_refused():
+    with pytest.raises(ValueError, match=r"^the model's num_heads = 4 is not divisible by actor.tp = 3: set it to a divisor, 1, 2, 4$"):
+        parallel.actor_shardings(cases.CONFIG, jax.devices()[:3], dtype="float32")
 
 
 # --- two processes

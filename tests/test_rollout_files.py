@@ -67,7 +67,7 @@ def test_damaged_files_are_one_line_errors(tmp_path):
         archive.writestr("records.npy", b"no array")
     for content in (b"", b"garbage", whole[:len(whole) // 2], whole[:-10], other.getvalue()):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="damaged or no rollouts file") as caught:
+        with pytest.raises(ValueError, match="step.npz is damaged or no rollouts file") as caught:
             load_rollouts(path)
         assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="does not exist"):

@@ -13,7 +13,6 @@ from pgrpo_jax.parameter_server import Manifest
 from pgrpo_jax.structs import Rollouts, Work
 
 LANES = 2  # units one process works on: it judges one while it generates the next
-_CRASHES = 5  # deaths of one actor in a row without a unit finished: then it is no accident
 
 
 class Generator(Protocol):
@@ -85,7 +84,6 @@ class RemoteActor:
         self._lock = threading.Lock()  # held while it starts: the other lane waits for the same process
         self._handle: Any = None
         self._ready = False
-        self._crashes = 0
 
     def started(self) -> Any:
         """Returns the handle of the process, started: waits for a node as long as it takes, and then `start_secs` for the model."""
@@ -103,26 +101,11 @@ class RemoteActor:
                 self._ready = True
             return self._handle
 
-    def gone(self, handle: Any, reason: str) -> None:
-        """Gives a process up, so that the next call of `started` makes another.
-
-        Raises:
-            ChildProcessError: that happened again and again, with not one unit finished in between.
-        """
+    def gone(self, handle: Any) -> None:
+        """Gives a process up, so that the next call of `started` makes another."""
         with self._lock:
-            if self._ready and self._handle is not handle:
-                return  # the other lane noticed before
-            self.kill()
-            self._ready, self._crashes = False, self._crashes + 1
-            if self._crashes >= _CRASHES:
-                raise ChildProcessError(
-                    f"{self.name} died {self._crashes} times in a row without finishing a unit: look at its memory and its node; "
-                    f"the last time: {reason}"
-                )
-
-    def survived(self) -> None:
-        """Notes that a unit was finished."""
-        self._crashes = 0
+            if not self._ready or self._handle is handle:  # else the other lane noticed before
+                self.kill()
 
     def is_current(self, handle: Any) -> bool:
         """Returns whether the process of a handle is still the one in use."""

@@ -21,6 +21,7 @@ from pgrpo_jax.structs import Event, Finished, Lost, Started, Tick, Work
 
 _WAKE_SECS = 0.1  # how late a requested stop is noticed
 _CLOSE_SECS = 10.0
+_DEATHS = 10  # for each actor, with not one unit finished by any in between: then it is no accident
 
 
 class RayEngine:
@@ -44,6 +45,7 @@ class RayEngine:
         self._events: list[Event] = []
         self._failure: BaseException | None = None
         self._closed = False
+        self._deaths = 0
         self._last_poll = self._last_progress = time.monotonic()
         self.slots = settings.num_actors * LANES
         create = functools.partial(create_actor, ray.put(make_actor), settings)
@@ -149,7 +151,6 @@ class RayEngine:
                 self._done(lane, Lost(work=work, reason=f"{lane}: {_line(error)}"))
                 self._given_up(actor, handle, error)
             else:
-                actor.survived()
                 self._done(lane, Finished(rollouts=rollouts))
 
     def _on_end(self, lane: concurrent.futures.Future) -> None:
@@ -170,8 +171,20 @@ class RayEngine:
             return None
 
     def _given_up(self, actor: RemoteActor, handle: Any, error: Exception) -> None:
-        if not self._closed:
-            actor.gone(handle, _line(error))
+        """Notes the death of a process.
+
+        Raises:
+            ChildProcessError: they die again and again, and nothing gets done.
+        """
+        if self._closed:
+            return
+        actor.gone(handle)
+        self._deaths += 1
+        if self._deaths > _DEATHS * len(self._actors):
+            raise ChildProcessError(
+                f"actors died {self._deaths} times without finishing one unit of work, {_DEATHS} for each of {len(self._actors)} are allowed: "
+                f"look at the memory of their nodes; the last one: {_line(error)}"
+            )
 
     def _take(self, lane: str, actor: RemoteActor, handle: Any) -> tuple[int, int, int, Work, Manifest] | None:
         """Returns the oldest queued unit, now under way; None where the engine ends or the process was given up meanwhile."""
@@ -192,6 +205,7 @@ class RayEngine:
         """Tells of a unit's end; nothing is said of the loss of one that was given up before."""
         with self._changed:
             held = self._under_way.pop(lane, None)
+            self._deaths = 0 if isinstance(event, Finished) else self._deaths
             self._server.release(lane)
             if held is not None or isinstance(event, Finished):
                 self._events.append(event)

@@ -203,11 +203,12 @@ SHARDED_AXES: dict[str, tuple[str | None, ...]] = {
 }
 
 
-def sharding_faults(config: ModelConfig, *, fsdp: int, tp: int) -> list[str]:
+def sharding_faults(config: ModelConfig, *, of: str, fsdp: int, tp: int) -> list[str]:
     """Returns why a model can not be cut over so many devices, one line for each size that does not divide; empty if it can.
 
     Args:
         config: the model's sizes.
+        of: what has these devices, as its keys begin: "learner.mesh".
         fsdp: devices that share the residual stream's axis of each parameter.
         tp: devices that share heads, hidden units and vocabulary.
     """
@@ -219,7 +220,7 @@ def sharding_faults(config: ModelConfig, *, fsdp: int, tp: int) -> list[str]:
         "vocab_size": (config.vocab_size, "tp", tp),
     }
     return [
-        f"the model's {name} = {size} is not divisible by {axis} = {parts}: set {axis} to a divisor, {_divisors(size)}"
+        f"the model's {name} = {size} is not divisible by {of}.{axis} = {parts}: set it to a divisor, {_divisors(size)}"
         for name, (size, axis, parts) in sizes.items()
         if size % parts
     ]

@@ -6,6 +6,7 @@ An engine joins with a factory: given the actor's script and a stop it yields a 
 import contextlib
 import dataclasses
 import pathlib
+import pickle
 import threading
 import time
 import types
@@ -17,8 +18,12 @@ import numpy as np
 import pytest
 from contract_actor import ScriptedActor, expected_rewards, say, wait_for, weights
 
+from pgrpo_jax import parameter_server
 from pgrpo_jax.engines import Engine
 from pgrpo_jax.engines.inline import InlineEngine
+from pgrpo_jax.engines.ray_actor import RayActorSettings
+from pgrpo_jax.engines.ray_cluster import RayBlobStore
+from pgrpo_jax.engines.ray_engine import RayEngine
 from pgrpo_jax.engines.threads import ThreadsEngine
 from pgrpo_jax.preemption import Stop
 from pgrpo_jax.structs import Finished, Lost, Rollouts, Started, Tick, Work
@@ -53,10 +58,45 @@ def threads(actor: ScriptedActor, stop: Stop):
     engine.close()
 
 
-ENGINES = {"inline": inline, "threads": threads}
-CONCURRENT = ("threads",)  # actors work while the driver does something else
+class Publishing:
+    """A learner in the driver that puts its versions into the object store, as a gang's members would."""
+
+    def __init__(self):
+        self.versions, self._made, self._epoch = {}, {}, 1
+
+    def publish(self):
+        for version, tree in self.versions.items():
+            if version not in self._made:
+                self._made[version] = parameter_server.merge(
+                    [parameter_server.publish_shards(RayBlobStore(), tree, version=version, epoch=self._epoch)]
+                )
+        return [self._made[version] for version in sorted(self.versions)]
+
+
+@contextlib.contextmanager
+def ray(actor: ScriptedActor, stop: Stop):
+    server, learner = parameter_server.ParameterServer(RayBlobStore(), keep=4), Publishing()
+    engine = RayEngine(contract_actor.maker(actor), RayActorSettings(num_actors=2), server, stop)
+
+    def publish(versions: dict[int, Any]) -> None:
+        learner.versions = dict(versions)
+        engine.publish(learner)
+
+    yield Case(engine, publish)
+    engine.close()
+
+
+ENGINES = {"inline": inline, "threads": threads, "ray": ray}
+CONCURRENT = ("threads", "ray")  # actors work while the driver does something else
 every_engine = pytest.mark.parametrize("name", ENGINES)
 concurrent_engines = pytest.mark.parametrize("name", CONCURRENT)
+
+
+@pytest.fixture(autouse=True)
+def joined(request):
+    """Connects to the cluster of the session where the engine needs one."""
+    if "name" in request.fixturenames and request.getfixturevalue("name") == "ray":
+        request.getfixturevalue("cluster")
 
 
 @pytest.fixture
@@ -97,6 +137,13 @@ def assert_right(rollouts: Rollouts, unit: Work):
     assert rollouts.rewards.dtype == np.float32 and rollouts.rewards.tolist() == expected_rewards(unit)
     assert rollouts.completions.tolist() == [[unit.version] * 2] * len(rollouts.texts)
     assert rollouts.texts[1] == f"answer {unit.index}-1" and rollouts.prompt_records[0].prompt_id == f"prompt {unit.index}"
+
+
+def test_the_actor_of_these_tests_can_be_sent_to_a_process(folder):
+    script = ScriptedActor(folder, held=frozenset({"judge 0"}), failures={"generate 1": "no"})
+    actor, like = pickle.loads(pickle.dumps(contract_actor.maker(script)))()
+    assert actor == script
+    assert {name: (x.shape, x.dtype) for name, x in like.items()} == {name: (x.shape, x.dtype) for name, x in weights(0).items()}
 
 
 @every_engine

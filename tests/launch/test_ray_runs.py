@@ -1,0 +1,201 @@
+"""Runs on a Ray cluster: the same bits as in one process, whatever the number of actors, and whoever is killed."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import time
+
+import program
+import pytest
+
+STEPS = {"num_steps": 60, "checkpoint__save_every": 6}
+RAY = {"engine": "ray", "ray__object_store_bytes": 300 << 20}
+SIZES = [(1, 1), (1, 2), (4, 8)]
+
+
+def staleness(reload, accept):
+    return {"staleness__reload": reload, "staleness__accept": accept}
+
+
+def below(pid):
+    """All processes below one: {pid: command line}."""
+    parents, lines = {}, {}
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            lines[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
+        except (OSError, ValueError):
+            continue
+    found, grown = {pid}, True
+    while grown:
+        grown = [child for child, parent in parents.items() if parent in found and child not in found]
+        found |= set(grown)
+    return {child: lines[child] for child in found if child != pid and child in lines}
+
+
+def role(pid, name):
+    """Processes of a role of the run that `pid` drives: "ActorProcess" or "LearnerProcess"."""
+    return sorted(child for child, line in below(pid).items() if line.startswith(f"ray::{name}"))
+
+
+def steps_done(workdir):
+    path = workdir / "metrics.jsonl"
+    return len([line for line in path.read_text().split("\n")[:-1] if line]) if path.exists() else 0
+
+
+def kill(pids, number=signal.SIGKILL):
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+
+
+class Disturbance:
+    """Looks at a run again and again until it ends, and disturbs it; `done` says whether it did what it was to do."""
+
+    def __init__(self, workdir):
+        self.workdir, self.count, self.random = workdir, 0, random.Random(20260109)
+        self.last = time.monotonic()
+
+    def look(self, driver):
+        """Called every few milliseconds with the driver's process."""
+
+
+class KillActors(Disturbance):
+    """One actor every few seconds, about as often as one starts."""
+
+    def look(self, driver):
+        if time.monotonic() - self.last > 5.0 and (actors := role(driver.pid, "ActorProcess")):
+            kill([self.random.choice(actors)])
+            self.last, self.count = time.monotonic(), self.count + 1
+
+
+class AtSteps(Disturbance):
+    """Something at two moments, told by the steps on record."""
+
+    moments = (8, 31)
+
+    def look(self, driver):
+        if self.count < len(self.moments) and steps_done(self.workdir) >= self.moments[self.count]:
+            self.disturb(driver)
+            self.count += 1
+
+
+class KillLearner(AtSteps):
+    """One process of the gang; the gang dies with it."""
+
+    def disturb(self, driver):
+        kill(role(driver.pid, "LearnerProcess")[:1])
+
+
+class StopLearner(AtSteps):
+    """The node of a learner process is taken away: it is told."""
+
+    def disturb(self, driver):
+        kill(role(driver.pid, "LearnerProcess")[-1:], signal.SIGTERM)
+
+
+class KillDriver(AtSteps):
+    """The whole job; it is launched again."""
+
+    def disturb(self, driver):
+        driver.kill()
+
+
+class StopDriver(AtSteps):
+    """The job is preempted; it is launched again."""
+
+    def disturb(self, driver):
+        driver.send_signal(signal.SIGTERM)
+
+
+def run(workdir, cache, disturbance=None, **changes):
+    """Runs to the end, launching again what was killed or preempted; returns (output, the disturbance)."""
+    disturbance, output = (disturbance or Disturbance)(workdir), ""
+    for _ in range(10):
+        driver = program.start(program.command(workdir, **STEPS, **RAY, **changes), cache=cache)
+        deadline = time.monotonic() + program.TIMEOUT_SECS
+        try:
+            while driver.poll() is None:
+                assert time.monotonic() < deadline, f"still running after {program.TIMEOUT_SECS} s"
+                disturbance.look(driver)
+                time.sleep(0.02)
+        finally:
+            driver.kill()
+            output += driver.communicate()[0]
+        if driver.returncode not in (75, -signal.SIGKILL):
+            break
+    assert driver.returncode == 0, output
+    return output, disturbance
+
+
+def same_run(workdir, other):
+    """Everything on record but for wall-clock times and where it ran."""
+    ours, theirs = program.records(workdir), program.records(other)
+    for record in (ours, theirs):
+        record["summary"] = {key: value for key, value in record["summary"].items() if key != "config"}
+    assert [line["step"] for line in ours["metrics"]] == list(range(1, STEPS["num_steps"] + 1))
+    for part, value in theirs.items():
+        assert ours[part] == value, part
+
+
+@pytest.fixture(scope="module")
+def inline(tmp_path_factory, cache):
+    """(reload, accept) -> the directory of an undisturbed run in one process."""
+    made = {}
+
+    def run_inline(reload, accept):
+        if (reload, accept) not in made:
+            workdir = tmp_path_factory.mktemp("inline") / "run"
+            done = program.run(program.command(workdir, **STEPS, **staleness(reload, accept)), cache=cache)
+            assert (done.returncode, done.stderr) == (0, "")
+            made[reload, accept] = workdir
+        return made[reload, accept]
+
+    return run_inline
+
+
+def test_two_actors_one_of_them_killed(inline, cache, tmp_path):
+    output, kills = run(tmp_path / "run", cache, KillActors, num_actors=2, **staleness(1, 2))
+    assert kills.count >= 1
+    same_run(tmp_path / "run", inline(1, 2))
+    assert f"state_sha256 {program.summary(inline(1, 2))['state_sha256']}" in output
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(event["controller/dropped"] == 0 for event in events)
+
+
+def test_what_is_wrong_in_a_process_far_away_is_said_in_one_line(tmp_path):
+    changes = {"model__path": str(tmp_path / "nothing.gguf"), "num_actors": 1}
+    lines = program.errors(program.run(program.command(tmp_path / "run", **RAY, **changes)))
+    assert len(lines) == 1 and str(tmp_path / "nothing.gguf") in lines[0]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("reload, accept", SIZES)
+@pytest.mark.parametrize("num_actors", [1, 2, 3])
+def test_the_number_of_actors_does_not_matter(num_actors, reload, accept, inline, cache, tmp_path):
+    run(tmp_path / "run", cache, num_actors=num_actors, **staleness(reload, accept))
+    same_run(tmp_path / "run", inline(reload, accept))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("reload, accept", SIZES)
+@pytest.mark.parametrize("disturbance", [KillActors, KillLearner, StopLearner, KillDriver, StopDriver])
+def test_who_is_killed_does_not_matter(disturbance, reload, accept, inline, cache, tmp_path):
+    output, done = run(tmp_path / "run", cache, disturbance, num_actors=2, **staleness(reload, accept))
+    assert done.count >= 2, output
+    same_run(tmp_path / "run", inline(reload, accept))
+
+
+@pytest.mark.faults
+def test_a_gang_of_two_killed_twice_is_a_gang_of_two(cache, tmp_path):
+    gang = {"learner__num_processes": 2, "learner__num_devices": 0, **staleness(1, 2)}
+    run(tmp_path / "undisturbed", cache, num_actors=1, **gang)
+    output, kills = run(tmp_path / "run", cache, KillLearner, num_actors=1, **gang)
+    assert kills.count == 2, output
+    same_run(tmp_path / "run", tmp_path / "undisturbed")
+
+
