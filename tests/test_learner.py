@@ -351,7 +351,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_mesh_does_not_change_the_update(mesh, make, alone):
-    """Float32 sums in another order: three updates stay within 1e-5 of the gradient and 1e-4 of the way the parameters went.
+    """Float32 sums in another order: three updates stay within 1e-5 of the gradient and 2e-5 of the way the parameters went.
 
     Counts of the history are exact; advantages and moments depend on the number of devices, not on how they are arranged.
     """
@@ -381,7 +381,7 @@ def test_the_mesh_does_not_change_the_update(mesh, make, alone):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), moments, expected_moments)
     start = cases.params("policy")
     distance = lambda a, b: np.sqrt(sum(np.sum((x - y) ** 2) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))))  # noqa: E731
-    assert distance(snapshot(many.state.trainable), one.trainable) < 1e-4 * distance(one.trainable, start)
+    assert distance(snapshot(many.state.trainable), one.trainable) < 2e-5 * distance(one.trainable, start)
     for path, leaf in jax.tree_util.tree_leaves_with_path((many.state.trainable, many.state.optimiser, many.versions)):
         cut = fsdp * tp if leaf.ndim > 1 and "norm" not in jax.tree_util.keystr(path) else 1
         assert {shard.data.nbytes * cut for shard in leaf.addressable_shards} == {leaf.nbytes}, path

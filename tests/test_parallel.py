@@ -180,7 +180,7 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "tp"])
 def test_two_processes_train_as_one(two, mesh):
-    """Sums in another order. Both processes hold the same to the bit; parameters end within 1e-3 of the way they went."""
+    """Sums in another order. Both processes hold the same to the bit; parameters end within 1e-4 of the way they went."""
     first, second = (found[mesh] for found in two["found"])
     assert first == second or repr(first) == repr(second)  # NaN differs from itself
     assert first["laid_out"]
@@ -193,7 +193,7 @@ def test_two_processes_train_as_one(two, mesh):
         expected = {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(two["weights"])}
         start = {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(cases.params("policy"))}
         distance = lambda a, b: np.sqrt(sum(np.sum((a[name] - b[name]) ** 2) for name in expected))  # noqa: E731
-        assert distance(saved, expected) < 1e-3 * distance(expected, start)
+        assert distance(saved, expected) < 1e-4 * distance(expected, start)
 
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "tp"])
@@ -228,7 +228,7 @@ def test_checkpoints_cross_meshes_and_numbers_of_processes(two, tmp_path):
     weights, whole = (jax.tree.leaves(jax.device_get(tree)) for tree in (here.state.trainable, two["weights"]))
     start = jax.tree.leaves(jax.device_get(cases.params("policy")))
     distance = lambda a, b: np.sqrt(sum(np.sum((x - y) ** 2) for x, y in zip(a, b, strict=True)))  # noqa: E731
-    assert distance(weights, whole) < 1e-3 * distance(whole, start)
+    assert distance(weights, whole) < 1e-4 * distance(whole, start)
     here.close()
 
 

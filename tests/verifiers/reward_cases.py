@@ -85,6 +85,26 @@ class Misbehaving:
         pathlib.Path(path).write_text(str(os.getpid()))
         return getattr(self, f"_{how}")("", prompt)
 
+    def _latter(self, argument, prompt):
+        """Raises the first time, and hangs the second."""
+        if os.path.exists(argument):
+            pathlib.Path(argument + ".second").write_text(str(os.getpid()))
+            time.sleep(3600)
+        pathlib.Path(argument).write_text("seen")
+        raise RuntimeError("first")
+
+    def _await(self, argument, prompt):
+        """Raises once a file is there."""
+        while not os.path.exists(argument):
+            time.sleep(0.01)
+        raise RuntimeError("at last")
+
+    def _abandon(self, argument, prompt):
+        """Dies, and leaves a fork that holds on to all it had open."""
+        if os.fork() == 0:
+            time.sleep(3600)
+        os._exit(4)
+
     def _killserver(self, argument, prompt):
         os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(3600)

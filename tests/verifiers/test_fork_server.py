@@ -54,7 +54,7 @@ def test_a_program_that_forgets_to_close_leaves_nobody(tmp_path):
     wait_until(lambda: not alive(server), "the end of the fork server")
 
 
-def test_the_program_itself_is_not_run_again(tmp_path):
+def test_the_program_itself_is_not_run_again_and_what_rewards_print_is_dropped(tmp_path):
     assert run("normal", tmp_path) == "0.5"
 
 

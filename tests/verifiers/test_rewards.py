@@ -71,10 +71,11 @@ def test_no_verdict_is_named_and_costs_only_itself(zero, answer, reason):
 
 
 def test_a_hang_ends_at_the_deadline(tmp_path):
-    made = pool(timeout_secs=1.0, num_processes=4)
-    verdicts, failures = judge(made, ["number 0.5", "sleep", "deaf", "spin", f"spawn {tmp_path / 'pids'}", "worth"])
-    assert [v.total for v in verdicts] == [0.5, 0.0, 0.0, 0.0, 0.0, 0.625]
-    assert failures == tuple(RewardFailure(row, "timeout after 1 s", "zero") for row in (1, 2, 3, 4))
+    made = pool(timeout_secs=1.0, num_processes=5)
+    verdicts, failures = judge(made, ["number 0.5", "sleep", "deaf", "spin", f"spawn {tmp_path / 'pids'}", "worth", "abandon"])
+    assert [v.total for v in verdicts] == [0.5, 0.0, 0.0, 0.0, 0.0, 0.625, 0.0]
+    assert failures[:4] == tuple(RewardFailure(row, "timeout after 1 s", "zero") for row in (1, 2, 3, 4))
+    assert failures[4:] == (RewardFailure(6, "the process exited with status 4", "zero"),)  # dead, but its fork held the connection
     assert not any(map(alive, map(int, read(tmp_path / "pids").split())))  # what it started, in a session of its own, went with it
     assert judge(made, ["number 0.5"])[0][0].total == 0.5
     made.close()
@@ -98,16 +99,19 @@ def test_a_second_attempt_cures_a_hang_and_a_reward_that_kills_the_fork_server(t
     made.close()
 
 
-def test_fail_names_prompt_answer_reason_and_remedy():
+def test_fail_names_prompt_answer_reason_and_remedy(tmp_path):
     made = pool(on_failure="fail")
     with pytest.raises(ValueError) as error:
-        judge(made, ["number 0.5", "raise " + "x" * 500, "sleep"])
+        judge(made, ["number 0.5", "raise " + "x" * 500])
     message = str(error.value)
     assert message.startswith("reward of prompt p1, answer 'raise xxx") and "\n" not in message and len(message) < 600
     assert "…': ZeroDivisionError: division by zero (reward_cases.py:" in message
     remedy = "fix the task's reward, raise rewards.timeout_secs where it is only slow, or set rewards.on_failure to zero or drop"
     assert message.endswith(remedy)
-    assert judge(made, ["number 0.5"]) == ([Reward(0.5, {"answered": 1.0, "length": 3.0})], ())  # and the hanging one was given up
+    with pytest.raises(ValueError, match="RuntimeError: at last"):
+        judge(made, [f"spawn {tmp_path / 'pids'}", f"await {tmp_path / 'pids'}"])
+    assert not any(map(alive, map(int, read(tmp_path / "pids").split())))  # what was under way was given up
+    assert judge(made, ["number 0.5"]) == ([Reward(0.5, {"answered": 1.0, "length": 3.0})], ())
     made.close()
 
 
@@ -154,8 +158,10 @@ def test_in_this_process_the_reward_runs_here_and_failures_go_by_policy():
 
 def test_units_judged_from_several_threads_do_not_mix(zero):
     def ask(i):
-        answers = [f"number {i}.{j}" for j in range(20)]
-        got[i] = judge(zero, answers)[0] == [Reward(float(a[7:]), {"answered": 1.0, "length": len(a) - 7.0}) for a in answers]
+        answers = [f"number {i}.{j}" for j in range(20)] + ["exit 3"] * 10
+        verdicts, failures = judge(zero, answers)
+        got[i] = verdicts[:20] == [Reward(float(a[7:]), {"answered": 1.0, "length": len(a) - 7.0}) for a in answers[:20]]
+        got[i] &= failures == tuple(RewardFailure(row, "the process exited with status 3", "zero") for row in range(20, 30))
 
     got = {}
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
@@ -180,6 +186,7 @@ def test_a_fork_server_that_is_killed_is_replaced_and_close_leaves_no_process(tm
     judge(made, ["late 0.1"] * 2)
     before, server, loaded_in = lineage(made)
     assert server == loaded_in != before
+    assert os.getsid(server) == server  # Ctrl-C in a terminal does not reach it
     os.kill(server, signal.SIGKILL)
     wait_until(lambda: not alive(before), "the death of a fork without its server")
     assert [v.total for v in judge(made, ["number 0.5", "worth", "worth"])[0]] == [0.5, 0.125, 0.25]
@@ -196,16 +203,16 @@ def test_a_fork_server_that_is_killed_is_replaced_and_close_leaves_no_process(tm
 
 
 def test_close_while_a_reward_hangs(tmp_path):
-    made, raised = pool(on_failure="fail"), []
+    made, raised = pool(), []
 
     def ask():
         with pytest.raises(ValueError) as error:
-            judge(made, [f"once sleep {tmp_path / 'pid'}"])
-        raised.append(str(error.value))
+            judge(made, [f"latter {tmp_path / 'pid'}"])
+        raised.append(str(error.value))  # and no failure of the reward, though it was the second attempt
 
     thread = threading.Thread(target=ask)
     thread.start()
-    process = int(read(tmp_path / "pid"))
+    process = int(read(tmp_path / "pid.second"))
     made.close()
     thread.join(60)
     assert raised == ["the reward pool is closed: judge before closing it"] and not alive(process)
