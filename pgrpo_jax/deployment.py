@@ -155,7 +155,7 @@ def _ray(wanted: _Wanted) -> Deployment:
         call_secs=ray.call_secs,
     )
     make_learner = functools.partial(build_learner, config, dict(wanted.identity), wanted.workdir)
-    gang = ray_learner.LearnerGang(make_learner, gang_settings, checksums=config.weights.checksums)
+    gang = ray_learner.LearnerGang(make_learner, gang_settings, stop, checksums=config.weights.checksums)
     resources.callback(gang.close)
     actor_settings = ray_actor.RayActorSettings(
         num_actors=config.num_actors,

@@ -142,7 +142,7 @@ def whole(array: Any) -> Iterator[np.ndarray]:
     Args:
         array: a `jax.Array`, or anything that NumPy takes.
     """
-    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
         yield np.asarray(jax.device_get(array))
     else:
         yield from (np.asarray(piece.addressable_data(0)) for piece in _gathered(array))
@@ -150,6 +150,9 @@ def whole(array: Any) -> Iterator[np.ndarray]:
 
 def _gathered(array: jax.Array) -> Iterator[jax.Array]:
     """The array on every device of its mesh: at once, or by its first axis where it is large and that one is not split."""
+    if array.is_fully_replicated:
+        yield array
+        return
     everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
     if array.nbytes <= _WHOLE_BYTES or array.sharding.shard_shape(array.shape)[0] < array.shape[0]:
         yield compiled(_identity, everywhere)(array)

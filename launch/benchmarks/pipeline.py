@@ -76,7 +76,7 @@ def with_engine(num_actors: int, schedule: Schedule, run: Callable[[Any, Any], f
 
     cluster = Cluster(object_store_bytes=2 * 10**8)
     try:
-        learner = LearnerGang(functools.partial(WaitingLearner, schedule), GangSettings(place=lambda: ["SPREAD"]))
+        learner = LearnerGang(functools.partial(WaitingLearner, schedule), GangSettings(place=lambda: ["SPREAD"]), Stop())
         engine = RayEngine(make_actor, RayActorSettings(num_actors=num_actors), ParameterServer(RayBlobStore(), keep=8), Stop())
         engine.publish(learner)
         result = run(engine, learner)

@@ -8,9 +8,16 @@ from pgrpo_jax.structs import Event, Rollouts, Work
 
 _POLL_SECS = 10.0
 
-# Ray reads these while it is imported, which only modules of this folder do: who reaches its ports needs the token; nothing but
-# `ray_cluster.Cluster` starts or joins a cluster; nothing is reported; processes that reserve no accelerator still see theirs.
-_RAY = {"AUTH_MODE": "token", "ENABLE_AUTO_CONNECT": "0", "USAGE_STATS_ENABLED": "0", "ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# Ray reads these while it is imported, which only modules of this folder do. Who reaches its ports needs the token; nothing but
+# `ray_cluster.Cluster` starts or joins a cluster; nothing is reported; processes that reserve no accelerator still see theirs; SIGTERM
+# asks a run to save, and must not abort it.
+_RAY = {
+    "AUTH_MODE": "token",
+    "ENABLE_AUTO_CONNECT": "0",
+    "USAGE_STATS_ENABLED": "0",
+    "ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "DISABLE_FAILURE_SIGNAL_HANDLER": "1",
+}
 for _name, _value in _RAY.items():
     os.environ.setdefault(f"RAY_{_name}", _value)
 

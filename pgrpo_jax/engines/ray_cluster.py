@@ -5,10 +5,11 @@ existing one is joined with the user's (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~
 one cluster only, so the cluster is the trust boundary.
 """
 
+import concurrent.futures
+import logging
 import os
 import re
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +26,6 @@ from pgrpo_jax.parameter_server import BlobsLost
 
 _LOCAL_CPUS = 4  # logical ones, for Ray's own bookkeeping: roles reserve none where the cluster is our own
 _CONNECT_SECS = 20.0
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Cluster:
@@ -47,7 +47,6 @@ class Cluster:
         self.is_local = not address
         self._reaper = None
         self.directory: str | None = None
-        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
         if self.is_local:
             marker = secrets.token_hex(16)
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # stays: Ray keeps the first one it reads
@@ -56,11 +55,10 @@ class Cluster:
                 [sys.executable, ray_reaper.__file__, marker, self.directory], stdin=subprocess.PIPE, start_new_session=True
             )
             os.environ[ray_reaper.VARIABLE] = marker  # inherited by all that Ray starts
-        try:
-            self._connect(address, object_store_bytes)
-        finally:
-            for number, handler in handlers.items():  # Ray replaces them, which would swallow the save of a preempted run
-                signal.signal(number, handler)
+        # In a thread, where Ray can not replace the handler of SIGTERM: its own would end a preempted run without a save. The thread
+        # lives as long as the cluster: Ray has asked the kernel to kill its processes when the thread that started them ends.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "ray.init")
+        self._thread.submit(self._connect, address, object_store_bytes).result()
 
     def _connect(self, address: str, object_store_bytes: int) -> None:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
@@ -71,6 +69,7 @@ class Cluster:
             if ":" in address:  # Ray itself would try for a quarter of an hour
                 host, _, port = address.rpartition(":")
                 socket.create_connection((host, int(port)), timeout=_CONNECT_SECS).close()
+            logging.getLogger("ray").setLevel(logging.ERROR)  # it would remark on the thread
             ray.init(address=address or "local", **options)
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             self.close()
@@ -82,6 +81,7 @@ class Cluster:
     def close(self) -> None:
         """Disconnects; a local cluster ends, with every process and file of it."""
         ray.shutdown()
+        self._thread.shutdown(wait=False)
         if self._reaper is not None:
             del os.environ[ray_reaper.VARIABLE]
             self._reaper.stdin.close()

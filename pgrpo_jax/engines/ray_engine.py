@@ -61,12 +61,22 @@ class RayEngine:
         manifests = learner.publish()
         with self._changed:
             for manifest in manifests:
+                self._make_room()
                 self._server.offer(manifest)
             epoch = self._server.epoch
             self._queue = [entry for entry in self._queue if entry[-1].epoch == epoch]  # the rest belongs to a lost future
             heapq.heapify(self._queue)
             self._offered = {*learner.versions}
             self._server.retire(needed={*self._offered, *(entry[-1].version for entry in self._queue)})
+
+    def _make_room(self) -> None:
+        """Gives up the unit with the oldest weights while it alone keeps the server full; only "freshest" runs that far ahead of a unit."""
+        while self._under_way and len(self._server.versions) >= self._server.keep:
+            lane = min(self._under_way, key=lambda lane: self._under_way[lane][0].version)
+            work, actor, _ = self._under_way.pop(lane)
+            actor.kill()
+            self._server.release(lane)
+            self._events.append(Lost(work=work, reason=f"{lane} held weight version {work.version} back for too long"))
 
     def submit(self, work: Work) -> None:
         """Queues a unit; one that is under way has outlived its lease: its actor is killed, and started anew.

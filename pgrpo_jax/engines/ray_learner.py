@@ -5,6 +5,7 @@ when one of them dies the call raises `LearnerLost`, and `restart` makes a new g
 the actors keep running. A restart begins a new epoch of weight versions: the shards of the old one died with their owners.
 """
 
+import contextlib
 import dataclasses
 import signal
 import threading
@@ -20,8 +21,11 @@ from pgrpo_jax import parameter_server
 from pgrpo_jax.engines import LearnerLost
 from pgrpo_jax.engines.ray_cluster import RayBlobStore, free_address
 from pgrpo_jax.parameter_server import Manifest
+from pgrpo_jax.preemption import Stop
 from pgrpo_jax.structs import Rollouts
 
+_WAKE_SECS = 0.2  # how late a requested stop is noticed
+_DEATH_SECS = 10.0  # how long the death of a member may take to be known
 _LOSSES = 5  # losses of the gang in a row without an update: then it is no accident
 
 
@@ -117,6 +121,7 @@ class LearnerGang:
     Args:
         make_learner: called in every member; must be importable there.
         settings: size and place.
+        stop: looked at while a gang starts, which may have to wait for its nodes.
         checksums: compute them for published shards.
 
     Attributes:
@@ -127,8 +132,8 @@ class LearnerGang:
         restarts: gangs made after the first.
     """
 
-    def __init__(self, make_learner: Callable[[], SpmdLearner], settings: GangSettings, *, checksums: bool = True):
-        self._make_learner, self._settings, self._checksums = make_learner, settings, checksums
+    def __init__(self, make_learner: Callable[[], SpmdLearner], settings: GangSettings, stop: Stop, *, checksums: bool = True):
+        self._make_learner, self._settings, self._stop, self._checksums = make_learner, settings, stop, checksums
         self._members: list[Any] = []
         self._manifests: dict[int, Manifest] = {}
         self._epoch = self._losses = 0
@@ -139,6 +144,7 @@ class LearnerGang:
         """Makes a new gang, in a new epoch; the caller restores it.
 
         Raises:
+            Preempted: a stop was requested.
             ChildProcessError: the gang was lost again and again without an update in between.
             TimeoutError: not all members started in time.
         """
@@ -157,10 +163,10 @@ class LearnerGang:
 
     def _join(self) -> None:
         size, secs = self._settings.num_processes, self._settings.start_secs
-        coordinator = self._wait("find an address", [self._members[0].address.remote()], secs)[0]
+        coordinator = self._wait("find an address", [self._members[0].address.remote()], secs, starting=True)[0]
         make_learner = ray.put(self._make_learner)
         starts = [member.start.remote(make_learner, coordinator, rank, size, secs) for rank, member in enumerate(self._members)]
-        self._note(self._wait("start", starts, secs))
+        self._note(self._wait("start", starts, secs, starting=True))
 
     def restore(self) -> bool:
         """Goes on from the newest committed checkpoint; returns whether there was one."""
@@ -205,7 +211,8 @@ class LearnerGang:
     def close(self) -> None:
         """Waits for checkpoints in the background, and ends the gang."""
         if self._members:
-            self._call("close")
+            with contextlib.suppress(LearnerLost):  # then nothing is left to wait for
+                self._call("close")
         self.kill()
 
     def kill(self) -> None:
@@ -225,19 +232,24 @@ class LearnerGang:
         self.step, self.next_work, self.versions = first.step, first.next_work, first.versions
         self.stopping = any(status.stopping for status in statuses)
 
-    def _wait(self, what: str, calls: Sequence[ray.ObjectRef], secs: float) -> list[Any]:
+    def _wait(self, what: str, calls: Sequence[ray.ObjectRef], secs: float, *, starting: bool = False) -> list[Any]:
         """Results of all members; as soon as one of them fails the others, who wait for it, are killed."""
         pending, deadline = list(calls), time.monotonic() + secs
         while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            left = max(0.0, deadline - time.monotonic())
+            done, pending = ray.wait(pending, num_returns=1, timeout=min(left, _WAKE_SECS))
+            if starting:
+                self._stop.check("the start of the learner")
             try:
                 ray.get(done)
             except ray.exceptions.RayTaskError as error:
+                if (death := _death(pending)) is not None:  # what this member raised is only that it missed the other
+                    raise self._lost(what, death) from error
                 self.kill()
                 raise error.cause from error
             except ray.exceptions.RayError as error:
                 raise self._lost(what, error) from error
-            if not done:
+            if not done and left == 0.0:
                 late = [rank for rank, call in enumerate(calls) if call in pending]
                 self.kill()
                 raise TimeoutError(
@@ -253,3 +265,15 @@ class LearnerGang:
         if self._losses >= _LOSSES:
             return ChildProcessError(f"the learner was lost {self._losses} times in a row without an update; the last time: {reason}")
         return LearnerLost(f"a learner process was lost while it was to {what}: {reason}")
+
+
+def _death(calls: Sequence[ray.ObjectRef]) -> ray.exceptions.RayActorError | None:
+    """Returns why one of the members that were called is dead, None if none is; it may take a moment to be known."""
+    for call in ray.wait(list(calls), num_returns=len(calls), timeout=_DEATH_SECS)[0] if calls else ():
+        try:
+            ray.get(call)
+        except ray.exceptions.RayActorError as error:
+            return error
+        except ray.exceptions.RayTaskError:
+            continue
+    return None

@@ -18,13 +18,14 @@ class ParameterServer:
         keep: most versions held at once; a step offers one before it retires another, so at least one more than later steps need.
 
     Attributes:
+        keep: as given.
         epoch: of the versions held, None before the first.
     """
 
     def __init__(self, store: BlobStore, *, keep: int):
         if keep < 1:
             raise ValueError(f"keep = {keep} is below 1: hold at least one weight version")
-        self._store, self._keep = store, keep
+        self._store, self.keep = store, keep
         self._lock = threading.Lock()
         self.epoch: int | None = None
         self._held: dict[int, Manifest] = {}
@@ -55,7 +56,7 @@ class ParameterServer:
             if self._held.get(manifest.version) == manifest:
                 return
             self._check_forwards(manifest)
-            if len(self._held) >= self._keep:
+            if len(self._held) >= self.keep:
                 raise WeightsError(self._full(manifest))
             self._held[manifest.version] = manifest
             self._needed.add(manifest.version)
@@ -129,7 +130,7 @@ class ParameterServer:
     def _full(self, manifest: Manifest) -> str:
         back = [f"{reader} (at {version})" for reader, version in sorted(self._readers.items(), key=lambda item: (item[1], str(item[0])))]
         return (
-            f"{manifest} would be one more than keep = {self._keep}: needed are {sorted(self._needed & set(self._held))} of "
+            f"{manifest} would be one more than keep = {self.keep}: needed are {sorted(self._needed & set(self._held))} of "
             f"{sorted(self._held)}, and readers hold versions back: {listed(back) or 'none'}: release those readers, retire versions, "
             "or raise keep"
         )

@@ -60,8 +60,8 @@ class RewardPool:
     ):
         if num_processes < 0 or not 0 < timeout_secs < math.inf or on_failure not in POLICIES:
             raise ValueError(
-                f"num_processes = {num_processes} (at least 0), timeout_secs = {timeout_secs} (above 0, finite), on_failure = {on_failure!r} "
-                f"(one of {', '.join(POLICIES)}): stay within the bounds"
+                f"num_processes = {num_processes} (at least 0), timeout_secs = {timeout_secs} (above 0, finite), "
+                f"on_failure = {on_failure!r} (one of {', '.join(POLICIES)}): stay within the bounds"
             )
         self._make_task, self._num_processes, self._timeout_secs, self._policy = make_task, num_processes, timeout_secs, on_failure
         self._start_secs = start_secs

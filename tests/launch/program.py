@@ -42,14 +42,14 @@ def flag_value(value):
     return ",".join(map(str, value)) if isinstance(value, tuple) else value
 
 
-def run(line, *, cache=None, cwd=ROOT):
-    """Runs a program to its end."""
-    return subprocess.run(line, cwd=cwd, env=environment(cache), capture_output=True, text=True, timeout=TIMEOUT_SECS, check=False)
+def run(line, *, cache=None, cwd=ROOT, variables=None):
+    """Runs a program to its end. `variables` of the environment come on top."""
+    return subprocess.run(line, cwd=cwd, env=environment(cache) | (variables or {}), capture_output=True, text=True, timeout=TIMEOUT_SECS, check=False)
 
 
-def start(line, *, cache=None):
-    """Starts a program; the caller waits for it."""
-    return subprocess.Popen(line, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(line, *, cache=None, variables=None):
+    """Starts a program; the caller waits for it. `variables` of the environment come on top."""
+    return subprocess.Popen(line, cwd=ROOT, env=environment(cache) | (variables or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def errors(done):

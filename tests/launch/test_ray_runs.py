@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import signal
+import tempfile
 import time
 
 import program
@@ -60,6 +61,9 @@ class Disturbance:
         self.workdir, self.count, self.random = workdir, 0, random.Random(20260109)
         self.last = time.monotonic()
 
+    def start(self, driver):
+        """Called when the run is launched."""
+
     def look(self, driver):
         """Called every few milliseconds with the driver's process."""
 
@@ -112,11 +116,39 @@ class StopDriver(AtSteps):
         driver.send_signal(signal.SIGTERM)
 
 
+class StopStart(Disturbance):
+    """The job is preempted while it starts: sooner, then later; it is launched again."""
+
+    delays = (0.5, 3.0, 5.0, 8.0)
+
+    def start(self, driver):
+        self.at = time.monotonic() + self.delays[self.count] if self.count < len(self.delays) else float("inf")
+
+    def look(self, driver):
+        if time.monotonic() >= self.at:
+            driver.send_signal(signal.SIGTERM)
+            self.at, self.count = float("inf"), self.count + 1
+
+
 def run(workdir, cache, disturbance=None, **changes):
-    """Runs to the end, launching again what was killed or preempted; returns (output, the disturbance)."""
-    disturbance, output = (disturbance or Disturbance)(workdir), ""
+    """Runs to the end, launching again what was killed or preempted, and checks that nothing is left; returns (output, the disturbance)."""
+    disturbance = (disturbance or Disturbance)(workdir)
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="r") as scratch:  # a short name: sockets are made below it
+        output = run_in(scratch, workdir, cache, disturbance, **changes)
+        deadline = time.monotonic() + 30
+        while (left := os.listdir(scratch)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert left == [], "a killed driver's cluster is still there"
+    assert not [step for step in (workdir / "checkpoints").iterdir() if not step.name.isdigit()], "an unfinished checkpoint is left"
+    return output, disturbance
+
+
+def run_in(scratch, workdir, cache, disturbance, **changes):
+    output = ""
     for _ in range(10):
-        driver = program.start(program.command(workdir, **STEPS, **RAY, **changes), cache=cache)
+        line = program.command(workdir, **STEPS, **RAY, **changes)
+        driver = program.start(line, cache=cache, variables={"TMPDIR": scratch})
+        disturbance.start(driver)
         deadline = time.monotonic() + program.TIMEOUT_SECS
         try:
             while driver.poll() is None:
@@ -129,15 +161,15 @@ def run(workdir, cache, disturbance=None, **changes):
         if driver.returncode not in (75, -signal.SIGKILL):
             break
     assert driver.returncode == 0, output
-    return output, disturbance
+    return output
 
 
-def same_run(workdir, other):
+def same_run(workdir, other, *, num_steps=STEPS["num_steps"]):
     """Everything on record but for wall-clock times and where it ran."""
     ours, theirs = program.records(workdir), program.records(other)
     for record in (ours, theirs):
         record["summary"] = {key: value for key, value in record["summary"].items() if key != "config"}
-    assert [line["step"] for line in ours["metrics"]] == list(range(1, STEPS["num_steps"] + 1))
+    assert [line["step"] for line in ours["metrics"]] == list(range(1, num_steps + 1))
     for part, value in theirs.items():
         assert ours[part] == value, part
 
@@ -183,7 +215,7 @@ def test_the_number_of_actors_does_not_matter(num_actors, reload, accept, inline
 
 @pytest.mark.faults
 @pytest.mark.parametrize("reload, accept", SIZES)
-@pytest.mark.parametrize("disturbance", [KillActors, KillLearner, StopLearner, KillDriver, StopDriver])
+@pytest.mark.parametrize("disturbance", [KillActors, KillLearner, StopLearner, KillDriver, StopDriver, StopStart])
 def test_who_is_killed_does_not_matter(disturbance, reload, accept, inline, cache, tmp_path):
     output, done = run(tmp_path / "run", cache, disturbance, num_actors=2, **staleness(reload, accept))
     assert done.count >= 2, output

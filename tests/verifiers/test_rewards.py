@@ -71,11 +71,12 @@ def test_no_verdict_is_named_and_costs_only_itself(zero, answer, reason):
 
 
 def test_a_hang_ends_at_the_deadline(tmp_path):
-    made = pool(timeout_secs=1.0, num_processes=5)
-    verdicts, failures = judge(made, ["number 0.5", "sleep", "deaf", "spin", f"spawn {tmp_path / 'pids'}", "worth", "abandon"])
-    assert [v.total for v in verdicts] == [0.5, 0.0, 0.0, 0.0, 0.0, 0.625, 0.0]
-    assert failures[:4] == tuple(RewardFailure(row, "timeout after 1 s", "zero") for row in (1, 2, 3, 4))
-    assert failures[4:] == (RewardFailure(6, "the process exited with status 4", "zero"),)  # dead, but its fork held the connection
+    made = pool(timeout_secs=1.0, num_processes=4)
+    verdicts, failures = judge(made, ["number 0.5", "sleep", "deaf", "spin", f"spawn {tmp_path / 'pids'}", "worth"])
+    assert [v.total for v in verdicts] == [0.5, 0.0, 0.0, 0.0, 0.0, 0.625]
+    assert failures == tuple(RewardFailure(row, "timeout after 1 s", "zero") for row in (1, 2, 3, 4))
+    # Dead, but a fork of it held the connection: found at the deadline, told as it was.
+    assert judge(made, ["abandon"])[1] == (RewardFailure(0, "the process exited with status 4", "zero"),)
     assert not any(map(alive, map(int, read(tmp_path / "pids").split())))  # what it started, in a session of its own, went with it
     assert judge(made, ["number 0.5"])[0][0].total == 0.5
     made.close()
