@@ -93,9 +93,10 @@ class Learner:
         next_work: index of the first work unit that a run resumed from here issues.
         versions: weight versions that may be generated with, in `weights_dtype`, laid out as the state; no update touches them.
         stopping: whether the devices are about to be taken away; never those of this process (see `engines.ray_learner.LearnerGang`).
+        lost: whether it must be made again; never, where it lives in the process that asks.
     """
 
-    stopping = False
+    stopping = lost = False
 
     def __init__(
         self,

@@ -15,10 +15,9 @@ def generation_metrics(rollouts: Sequence[Rollouts]) -> dict[str, float]:
     """
     secs = sum(r.generation_secs for r in rollouts)
     tokens = sum(int(r.completion_lengths.sum()) for r in rollouts)
-    components = {name: np.concatenate([r.reward_components[name] for r in rollouts]).mean() for name in rollouts[0].reward_components}
     return {
-        "answered": float(components["answered"]),
-        "truncated": float(np.concatenate([r.truncated for r in rollouts]).mean()),
+        "answered": _mean([r.reward_components["answered"] for r in rollouts]),
+        "truncated": _mean([r.truncated for r in rollouts]),
         "generation_secs": secs,
         "tokens_per_sec": tokens / secs if secs > 0 else float("nan"),
     }
@@ -46,3 +45,9 @@ def samples_of(rollouts: Sequence[Rollouts], advantages: np.ndarray, *, step: in
         }
         for (r, i), advantage in zip(rows, advantages, strict=True)
     ]
+
+
+def _mean(parts: Sequence[np.ndarray]) -> float:
+    """NaN where there is nothing: every completion of a step may have been dropped."""
+    joined = np.concatenate(parts)
+    return float(joined.mean()) if joined.size else float("nan")

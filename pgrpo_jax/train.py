@@ -32,21 +32,23 @@ class Run:
         self._stop = self.parts.stop  # of all processes, where this is one of several
         with contextlib.ExitStack() as on_error:
             on_error.callback(self.parts.close)
-            self.resumed = self._restore()
+            self.resumed = self.restore()
             self.directory.write_config(settings.flat(config))
             records = self.directory.metrics()
             self._earlier_secs = float(records[-1]["wall_secs"]) if records else 0.0
             on_error.pop_all()
 
-    def _restore(self) -> bool:
-        resumed = self.learner.restore()
-        self.directory.truncate_after(self.learner.step)
-        return resumed
-
-    def recover(self) -> None:
-        """Makes a lost learner again, from the last committed step; actors keep running."""
-        self.learner.restart()
-        self._restore()
+    def restore(self) -> bool:
+        """Goes on from the newest committed step; returns whether there was one. A learner that is lost is made again; actors keep running."""
+        while True:
+            try:
+                if self.learner.lost:
+                    self.learner.restart()
+                resumed = self.learner.restore()
+            except LearnerLost:
+                continue
+            self.directory.truncate_after(self.learner.step)
+            return resumed
 
     def wall_secs(self) -> float:
         """Returns seconds spent on the run, earlier attempts included."""
@@ -88,6 +90,7 @@ class Run:
                     learner.save()
             if learner.stopping:  # the node of one of its processes is going away
                 learner.save(wait=True)
+                learner.kill()
                 raise LearnerLost(f"a process of the learner was asked to stop; step {learner.step} is saved")
 
     def to_the_end(self, console: Console) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -168,12 +171,13 @@ def train(config: Any, *, identity: dict[str, Any], workdir: epath.PathLike, sto
                 console.note(f"resumed from step {learner.step} in {run.directory.path}")
             while True:
                 try:
+                    if learner.lost:
+                        run.restore()
                     before, after = run.to_the_end(console)
                     summary = run.summary(before, after)
                     break
                 except LearnerLost as reason:
                     console.note(f"{reason}: going on from the last committed step")
-                    run.recover()
                 except Preempted as reason:
                     run.save()
                     console.note(f"{reason}: step {learner.step} is saved in {run.directory.path}; run the same command to go on")

@@ -107,6 +107,36 @@ def test_a_stopped_run_goes_on_with_the_versions_it_had(schedule, tmp_path):
         assert torn[part] == value, part
 
 
+@pytest.mark.parametrize("policy", ["zero", "drop"])
+def test_rewards_that_failed_are_repeated_by_a_resumed_run(policy, tmp_path, monkeypatch):
+    """The reward is broken until the run is stopped, and sound afterwards: what was decided stays decided."""
+    changes = {"rewards__on_failure": policy}
+    sound = letters.Letters.reward
+
+    def broken(self, prompt, answer):
+        if sum(answer.encode(errors="ignore")) % 5 == 0:
+            raise ArithmeticError("the judge is ill")
+        return sound(self, prompt, answer)
+
+    monkeypatch.setattr(letters.Letters, "reward", broken)
+    assert run(tmp_path / "whole", **changes) == 0
+    assert run(tmp_path / "torn", StopAt(17), checkpoint__save_every=100, **changes) == EXIT_PREEMPTED
+    done = len(RunDirectory(tmp_path / "torn").metrics())
+    assert 2 <= done < 12
+    kept = [json.loads(line) for line in (tmp_path / "torn" / "verdicts.jsonl").read_text().splitlines()]
+    shutil.rmtree(tmp_path / "torn" / "checkpoints")  # as if the save had not come to its end: every step is made again
+    monkeypatch.setattr(letters.Letters, "reward", sound)
+    assert run(tmp_path / "torn", StopAt(17), **changes) == EXIT_PREEMPTED
+    whole, torn = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "torn")
+    assert kept and {failure["policy"] for failure in kept} == {policy} and all("the judge is ill" in failure["reason"] for failure in kept)
+    steps = len(torn.metrics())
+    assert steps >= 2 and [line["reward"] for line in torn.metrics()] == [line["reward"] for line in whole.metrics()][:steps]
+    assert torn.samples() == [sample for sample in whole.samples() if sample["step"] <= steps]
+    rows = {"zero": 8, "drop": 8 - len([f for f in kept if f["split"] == "train" and f["index"] in (0, 1)])}[policy]
+    assert len([sample for sample in torn.samples() if sample["step"] == 1]) == rows
+    assert whole.summary()["reproducible"] is False
+
+
 def test_eight_devices_resume_to_the_bit(tmp_path):
     changes = {"prompts_per_step": 8, "num_steps": 4, "learner__num_devices": 8, "evaluation__num_prompts": 4}
     assert run(tmp_path / "whole", **changes) == 0

@@ -130,6 +130,7 @@ class LearnerGang:
         versions: weight versions on offer.
         stopping: a member's node is about to be taken away.
         restarts: gangs made after the first.
+        lost: there is no gang: it must be restarted.
     """
 
     def __init__(self, make_learner: Callable[[], SpmdLearner], settings: GangSettings, stop: Stop, *, checksums: bool = True):
@@ -139,6 +140,11 @@ class LearnerGang:
         self._epoch = self._losses = 0
         self.restarts = -1
         self.restart()
+
+    @property
+    def lost(self) -> bool:
+        """Whether there is no gang."""
+        return not self._members
 
     def restart(self) -> None:
         """Makes a new gang, in a new epoch; the caller restores it.
@@ -188,6 +194,8 @@ class LearnerGang:
         Raises:
             LearnerLost: a member died.
         """
+        if self.lost:
+            raise LearnerLost("there is no learner to publish")
         for version in self.versions:
             if version not in self._manifests:
                 puts = [member.publish.remote(version, self._epoch, self._checksums) for member in self._members]
@@ -222,6 +230,8 @@ class LearnerGang:
         self._members = []
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        if self.lost:
+            raise LearnerLost(f"there is no learner to {method}")
         calls = [member.call.remote(method, *args, **kwargs) for member in self._members]
         results = self._wait(method, calls, self._settings.call_secs)
         self._note([status for _, status in results])
