@@ -10,6 +10,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pgrpo_jax import parameter_server
 from pgrpo_jax.engines.ray_cluster import RayBlobStore
 from pgrpo_jax.parameter_server import Manifest
+from pgrpo_jax.preemption import remove_stale_lock
 from pgrpo_jax.structs import Rollouts, Work
 
 LANES = 2  # units one process works on: it judges one while it generates the next
@@ -58,6 +59,7 @@ class ActorProcess:
 
     def start(self) -> None:
         """Makes the actor: loads tokenizer and task. Apart from the constructor, so that its errors keep their type."""
+        remove_stale_lock()
         self._actor, self._like = self._make_actor()
 
     def rollout(self, manifest: Manifest, work: Work) -> Rollouts:

@@ -61,7 +61,8 @@ class RayEngine:
         manifests = learner.publish()
         with self._changed:
             for manifest in manifests:
-                self._make_room()
+                if manifest.version not in self._server.versions:
+                    self._make_room()
                 self._server.offer(manifest)
             epoch = self._server.epoch
             self._queue = [entry for entry in self._queue if entry[-1].epoch == epoch]  # the rest belongs to a lost future

@@ -21,7 +21,7 @@ from pgrpo_jax import parameter_server
 from pgrpo_jax.engines import LearnerLost
 from pgrpo_jax.engines.ray_cluster import RayBlobStore, free_address
 from pgrpo_jax.parameter_server import Manifest
-from pgrpo_jax.preemption import Stop
+from pgrpo_jax.preemption import remove_stale_lock, Stop
 from pgrpo_jax.structs import Rollouts
 
 _WAKE_SECS = 0.2  # how late a requested stop is noticed
@@ -93,6 +93,7 @@ class LearnerProcess:
 
     def start(self, make_learner: Callable[[], SpmdLearner], coordinator: str, rank: int, size: int, secs: float) -> Status:
         """Joins the gang and makes the learner."""
+        remove_stale_lock()
         if size > 1:
             jax.distributed.initialize(coordinator, size, rank, initialization_timeout=int(secs))
         # After `initialize`, which would take it over: a node that is about to go tells the driver at the next call.
