@@ -35,6 +35,9 @@ def end(processes):
     return [process.returncode for process in processes], outputs
 
 
+pytestmark = pytest.mark.faults  # a minute of compiling in two processes; the engine itself: tests/engines/test_inline.py
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory, cache):
     workdir = tmp_path_factory.mktemp("one") / "run"
@@ -51,7 +54,6 @@ def test_two_processes_are_one_program(one_process, cache, tmp_path):
     runs.same_run(tmp_path / "run", one_process, num_steps=STEPS["num_steps"])
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("asked", range(PROCESSES))
 def test_one_is_asked_to_stop_and_all_do(asked, one_process, cache, tmp_path):
     processes = start(tmp_path / "run", cache)
