@@ -1,10 +1,10 @@
-"""Checkpoints: one atomic Orbax step holds the whole `TrainState`, the weight versions that later steps need, and the run's identity."""
+"""Checkpoints: one atomic Orbax step holds the whole `TrainState`, the run's identity and which weight versions later steps need."""
 
 import contextlib
 import hashlib
 import json
 import os
-from typing import Any, Iterable, Mapping
+from typing import Any, Mapping
 
 import jax
 import numpy as np
@@ -12,8 +12,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from pgrpo_jax import parallel
+from pgrpo_jax.digests import add, in_path_order, state_sha256
 from pgrpo_jax.exchange import Exchange
 from pgrpo_jax.structs import TrainState
+from pgrpo_jax.weight_versions import WeightVersions
 
 # What Orbax and TensorStore raise while they read damaged files (tests/test_checkpoints.py damages each in many ways).
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError)
@@ -23,36 +25,12 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, corrupt, or belongs to another run; the message says which and what to do."""
 
 
-def state_sha256(state: Any) -> str:
-    """Returns a digest over every leaf of a pytree: its path, dtype, shape and bytes, in path order.
-
-    It is the same for the same values, however they are laid out. With several processes all must call it: leaves that are spread over
-    them come together one by one.
-    """
-    digest = hashlib.sha256()
-    for _, path, leaf in _in_path_order(state):
-        array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-        _add(digest, path, array.dtype, array.shape, parallel.whole(array))
-    return digest.hexdigest()
-
-
-def _in_path_order(tree: Any) -> list[tuple[int, str, Any]]:
-    """(place in the tree, path, leaf) of every leaf."""
-    leaves = [(i, jax.tree_util.keystr(path), leaf) for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree))]
-    return sorted(leaves, key=lambda item: item[1])
-
-
-def _add(digest: Any, path: str, dtype: Any, shape: tuple[int, ...], pieces: Iterable[np.ndarray]) -> None:
-    digest.update(f"{path} {dtype} {shape}\n".encode())
-    for piece in pieces:
-        digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
-
-
 class Checkpoints:
     """The committed steps of one run.
 
     A step is committed by one rename, after everything in it is durable; older steps are deleted only after that. Steps
-    whose commit never happened are ignored.
+    whose commit never happened are ignored. The weight versions that steps refer to lie beside them in `versions/`, each stored once:
+    durable before the first step that refers to it is committed, deleted when none does.
 
     With several processes each has one of these, over the same directory, which all must see, and all call the same methods in the same
     order. Each writes what its own devices hold, and reads everything, array by array. None waits for the others for ever.
@@ -71,7 +49,7 @@ class Checkpoints:
         path = epath.Path(directory)
         self._directory = path if "://" in os.fspath(path) else path.absolute()  # Orbax refuses relative paths, in its write thread
         self._identity = dict(identity)
-        self._exchange = Exchange(timeout_secs=timeout_secs)
+        self._exchange, self._read_only = Exchange(timeout_secs=timeout_secs), read_only
         if not read_only:
             self._directory.mkdir(parents=True, exist_ok=True)
         # Named processes wait for each other through JAX's coordination service, with deadlines; by default Orbax would use collectives,
@@ -87,6 +65,8 @@ class Checkpoints:
         )
         with self._deadline("open the checkpoints"):
             self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._versions = WeightVersions(self._directory / "versions", everyone=everyone, timeout_secs=timeout_secs)
+        self._tidy()
 
     def latest_step(self) -> int | None:
         """Returns the newest committed step, or None.
@@ -111,28 +91,71 @@ class Checkpoints:
 
         Args:
             state: the whole training state; its `step` names the checkpoint.
-            versions: weight versions that steps after this one are generated or scored with, other than `state.trainable`.
+            versions: weight versions that steps after this one are generated or scored with, other than `state.trainable`; those not
+                stored yet are durable on return.
             wait: return only after the commit.
 
         Raises:
-            CheckpointError: the step was not accepted for saving, or the processes do not agree on what is saved.
+            CheckpointError: the step was not accepted for saving, the processes do not agree on what is saved, or a version is not the one
+                of that number that committed steps refer to.
             TimeoutError: a process did not come to save.
         """
         step = int(state.step)
         with self._deadline(f"save step {step}"):
-            if step != self._manager.latest_step():
-                trees = {"state": state} | {f"weights_{v}": weights for v, weights in versions.items()}
-                digests = {name: state_sha256(tree) for name, tree in trees.items()}
+            if step != (newest := self._manager.latest_step()):
+                hashed = self._versions.digests(versions)
+                digests = {"state": state_sha256(state)} | {f"weights_{v}": sha256 for v, sha256 in hashed.items()}
                 self._agree(step, digests)
                 record = {"identity": self._identity, "versions": sorted(versions), "sha256": digests}
-                items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()} | {"record": ocp.args.JsonSave(record)}
-                if not self._manager.save(step, args=ocp.args.Composite(**items)):
+                trees = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
+                accepted = newest is None or newest < step
+                if accepted:
+                    self._manager.wait_until_finished()  # then it is known what committed steps refer to
+                    self._versions.write({v: versions[v] for v in self._missing(step, hashed)})
+                if not accepted or not self._manager.save(step, args=ocp.args.Composite(**trees)):
                     raise CheckpointError(
                         f"checkpoint of step {step} was refused in {self._directory}, the newest step there is {self._manager.latest_step()}: "
                         "use another --workdir, or delete the steps that are newer"
                     )
             if wait:
                 self._manager.wait_until_finished()
+                self._tidy()
+
+    def _missing(self, step: int, wanted: Mapping[int, str]) -> list[int]:
+        """Versions among `wanted` ({version: digest}) that are to be written for a step; process 0 looks, and deletes what is of no use."""
+        found: dict[str, Any] = {}
+        if self._exchange.process == 0:
+            referred, complete = self._referred()
+            odd = [v for v, sha256 in wanted.items() if referred.get(v, sha256) != sha256]
+            found = {"odd": odd, "missing": [] if odd else self._versions.settle(vouched=referred, wanted=wanted, complete=complete)}
+        if self._exchange.num_processes > 1 and wanted:
+            found = json.loads(self._exchange.gather(f"the weight versions stored before step {step}", json.dumps(found).encode())[0])
+        if found.get("odd"):
+            raise CheckpointError(
+                f"step {step} is not saved: weight version {found['odd'][0]} is not the one that committed steps refer to, in "
+                f"{self._versions.path(found['odd'][0])}: use another --workdir, or run again to go on from the last checkpoint"
+            )
+        return found.get("missing", [])
+
+    def _tidy(self) -> None:
+        """Process 0 deletes the weight versions that no committed step refers to."""
+        if self._exchange.process == 0 and not self._read_only and self._versions.exist():
+            referred, complete = self._referred()
+            self._versions.settle(vouched=referred, wanted=(), complete=complete)
+
+    def _referred(self) -> tuple[dict[int, str], bool]:
+        """{version: digest} of what committed steps refer to, and whether that is all: a damaged record does not tell."""
+        referred, complete = {}, True
+        for step in self._manager.all_steps() if self._versions.exist() else ():
+            try:
+                record = self._record(step)
+                theirs = {v: record["sha256"][f"weights_{v}"] for v in record["versions"]}
+                complete &= len(record["sha256"]) == 1 + len(theirs)
+            except _DAMAGED:
+                complete = False
+            else:
+                referred |= theirs
+        return referred, complete
 
     def _agree(self, step: int, digests: Mapping[str, str]) -> None:
         """Copies of the same parameters that drifted apart, by a faulty device for one, must not be saved as one."""
@@ -172,23 +195,33 @@ class Checkpoints:
         Raises:
             CheckpointError: there is no committed step, it is of another identity, or it does not match its digest.
         """
+        with self._deadline("finish the last save"):
+            self._manager.wait_until_finished()
+        self._tidy()
         step = self.latest_step()
         if step is None:
             raise CheckpointError(f"no committed checkpoint in {self._directory}: give the --workdir of a run that has saved one")
-        weights_like = like.trainable if weights_like is None else weights_like
+        weights_like, found, where = like.trainable if weights_like is None else weights_like, {}, "record"
         try:
-            record = self._local(ocp.JsonCheckpointHandler).restore(self._directory / str(step) / "record", args=ocp.args.JsonRestore())
+            record = self._record(step)
             self._check_identity(step, record["identity"])
-            wanted = {"state": like} | {f"weights_{v}": weights_like for v in record["versions"]}
-            found = {name: self._read(step, name, tree) for name, tree in wanted.items()}
-            damaged = [name for name, (_, sha256) in found.items() if sha256 != record["sha256"][name]]
+            wanted = {"state": (self._directory / str(step) / "state", like)}
+            wanted |= {f"weights_{v}": (self._versions.path(v), weights_like) for v in record["versions"]}
+            for name, (path, tree) in wanted.items():
+                where, expected = f"{name} in {path}", record["sha256"][name]
+                found[name], sha256 = self._read(path, name, tree)
+                if sha256 != expected:
+                    raise CheckpointError(self._corrupt(step, f"{where}: not what was saved, by its digest"))
         except CheckpointError:
             raise
         except _DAMAGED as error:
-            raise CheckpointError(self._corrupt(step, " ".join(f"{type(error).__name__}: {error}".split())[:300])) from error
-        if damaged:
-            raise CheckpointError(self._corrupt(step, f"{', '.join(damaged)}: not what was saved, by its digest"))
-        return found["state"][0], {v: found[f"weights_{v}"][0] for v in record["versions"]}
+            raise CheckpointError(self._corrupt(step, f"{where}: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}")) from error
+        versions = {v: found[f"weights_{v}"] for v in record["versions"]}
+        self._versions.remember(versions, {v: record["sha256"][f"weights_{v}"] for v in versions})
+        return found["state"], versions
+
+    def _record(self, step: int) -> dict[str, Any]:
+        return self._local(ocp.JsonCheckpointHandler).restore(self._directory / str(step) / "record", args=ocp.args.JsonRestore())
 
     def _local(self, handler: type) -> ocp.Checkpointer:
         """A reader that waits for no other process: what one of them finds damaged the others find as well."""
@@ -196,24 +229,24 @@ class Checkpoints:
         alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
         return ocp.Checkpointer(handler(multiprocessing_options=alone), multiprocessing_options=alone)
 
-    def _read(self, step: int, name: str, like: Any) -> tuple[Any, str]:
-        """Reads one tree of a step through the host to its devices; returns it with its digest.
+    def _read(self, directory: epath.Path, name: str, like: Any) -> tuple[Any, str]:
+        """Reads one tree through the host to its devices; returns it with its digest.
 
         One leaf at a time: the host need not hold more, and where many are read at once and one fails, Orbax closes its event loop
         under the others, and each of them writes a traceback to stderr.
         """
-        places, digest = _in_path_order(like), hashlib.sha256()
+        places, digest = in_path_order(like), hashlib.sha256()
         tree = jax.tree.structure(like)
         numpy = tree.unflatten([ocp.RestoreArgs(restore_type=np.ndarray)] * len(places))
         leaves: list[Any] = [None] * len(places)
         with self._local(ocp.PyTreeCheckpointHandler) as reader:
             for i, path, leaf in places:
                 item = tree.unflatten([np.empty(leaf.shape, leaf.dtype) if j == i else ocp.PLACEHOLDER for j in range(len(places))])
-                restored = reader.restore(self._directory / str(step) / name, args=ocp.args.PyTreeRestore(item=item, restore_args=numpy))
+                restored = reader.restore(directory, args=ocp.args.PyTreeRestore(item=item, restore_args=numpy))
                 value = jax.tree.leaves(restored)[i]
                 if (value.shape, value.dtype) != (leaf.shape, leaf.dtype):
                     raise ValueError(f"{name}{path} is {value.dtype}{list(value.shape)}, not {leaf.dtype}{list(leaf.shape)}")
-                _add(digest, path, value.dtype, value.shape, [value])
+                add(digest, path, value.dtype, value.shape, [value])
                 leaves[i] = parallel.place(value, leaf.sharding)
         return tree.unflatten(leaves), digest.hexdigest()
 
@@ -234,3 +267,4 @@ class Checkpoints:
         """Waits for writes in the background and releases the directory."""
         with self._deadline("finish the checkpoints"):
             self._manager.close()
+            self._versions.close()

@@ -1,4 +1,7 @@
-"""A process that dies while it saves: python checkpoint_writer.py DIRECTORY. Step 1 is committed, step 2 is half written."""
+"""A process that dies while it saves: python checkpoint_writer.py DIRECTORY PATTERN, as soon as there is a file below PATTERN.
+
+Step 1 is committed; step 2 refers to weight version 1, which comes first.
+"""
 
 import os
 import pathlib
@@ -23,17 +26,17 @@ def state(step: int, size: int) -> TrainState:
 SIZE = 4_000_000  # 16 MB: long enough in the writing to die in it
 
 
-def die_while_writing(directory: pathlib.Path) -> None:
-    """SIGKILLs this process as soon as anything of step 2 is on the disk."""
+def die_while_writing(directory: pathlib.Path, pattern: str) -> None:
+    """SIGKILLs this process as soon as anything that the pattern tells is on the disk."""
     while True:
-        if any(path.name.startswith("2") and any(p.is_file() for p in path.rglob("*")) for path in directory.iterdir()):
+        if any(p.is_file() for path in directory.glob(pattern) for p in path.rglob("*")):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.001)
 
 
 if __name__ == "__main__":
-    where = pathlib.Path(sys.argv[1])
+    where, when = pathlib.Path(sys.argv[1]), sys.argv[2]
     checkpoints = Checkpoints(where, identity={"of": "tests"})
     checkpoints.save(state(1, SIZE), {}, wait=True)
-    threading.Thread(target=die_while_writing, args=(where,), daemon=True).start()
-    checkpoints.save(state(2, SIZE), {}, wait=True)
+    threading.Thread(target=die_while_writing, args=(where, when), daemon=True).start()
+    checkpoints.save(state(2, SIZE), {1: state(1, SIZE).trainable}, wait=True)

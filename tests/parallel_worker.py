@@ -70,6 +70,18 @@ def crossing(folder: pathlib.Path) -> dict:
     return found | {"uninterrupted": whole.digest(), "resumed": resumed.digest()}
 
 
+def stored_once(folder: pathlib.Path) -> list[dict[str, int]]:
+    """Three steps, of which two refer to version 0: the files of `versions/` after each, with the times when they were written."""
+    made, found = cases.learner(folder / "once", num_devices=2, schedule=OFF_POLICY, **MESHES["fsdp"]), []
+    for step in (1, 2, 3, 4):
+        state = made.state.replace(**parallel.replicate({"step": np.int32(step)}, made._mesh))
+        made._checkpoints.save(state, {0: made.versions[0]} if step < 3 else {}, wait=True)
+        files = [path for path in (folder / "once" / "versions").rglob("*") if path.is_file()] if jax.process_index() == 0 else []
+        found.append({str(path): path.stat().st_mtime_ns for path in files})
+    made.close()
+    return found
+
+
 def refusals(folder: pathlib.Path) -> dict:
     """What the processes tell when they disagree, and when one of them does not come."""
     process, found = jax.process_index(), {}
@@ -102,6 +114,7 @@ def main(folder: pathlib.Path, port: str, process: int, num_processes: int) -> N
         found[name] = trajectory(learner, folder, name)
         learner.close()
     found["crossing"] = crossing(folder)
+    found["stored once"] = stored_once(folder)
     found["refusals"] = refusals(folder)
     (folder / f"out{process}.json").write_text(json.dumps(found))
     jax.distributed.shutdown()

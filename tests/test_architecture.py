@@ -16,7 +16,8 @@ TEXTS = CODE + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "docs").r
 
 FLOORS = (
     {"structs", "algorithms"},
-    {"models", "generation", "tasks", "parallel", "batching", "preemption", "rollout_files", "exchange", "schedule", "verifiers"},
+    {"models", "generation", "tasks", "parallel", "batching", "preemption", "rollout_files", "exchange", "schedule", "verifiers"}
+    | {"digests", "weight_versions"},
     {"controller", "checkpoints", "update", "parameter_server"},
     {"actor", "learner"},
     {"engines"},
@@ -29,6 +30,8 @@ SAME_FLOOR = {
     "generation": {"models"},
     "exchange": {"preemption"},
     "parallel": {"models"},
+    "digests": {"parallel"},
+    "weight_versions": {"digests"},
     "train": {"deployment", "settings", "evaluate", "step_records", "console"},
     "evaluate": {"deployment", "settings", "run_directory", "console"},
     "deployment": {"assembly", "placement", "run_directory"},
@@ -41,7 +44,7 @@ SAME_FLOOR = {
 ANYWHERE = {"jax", "numpy", "chex", "etils", "absl", "pgrpo_jax"}
 FLOOR_0_LIBRARIES = {"jax", "numpy", "chex", "pgrpo_jax", "dataclasses", "typing", "math", "functools"}
 OWNERS = {
-    "orbax": {"checkpoints", "exchange"},
+    "orbax": {"checkpoints", "exchange", "weight_versions"},
     "optax": {"update"},
     "xxhash": {"parameter_server"},
     "ray": {"engines"},

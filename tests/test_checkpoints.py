@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgrpo_jax import parallel
+from pgrpo_jax import parallel, weight_versions
 from pgrpo_jax.checkpoints import CheckpointError, Checkpoints, state_sha256
+from pgrpo_jax.schedule import Schedule
 from pgrpo_jax.structs import RewardHistory, TrainState
 
 IDENTITY = {"seed": 0, "preset": "p_grpo", "optimiser.learning_rate": 3e-5, "generation.prompt_buckets": [32, 40], "algorithm.min_count": None}
@@ -171,6 +172,93 @@ def test_a_step_before_the_newest_is_refused(tmp_path, opened):
     assert "step 6 was refused" in message and "the newest step there is 7" in message and str(tmp_path) in message
 
 
+# --- weight versions, each stored once
+
+
+def stored(directory: pathlib.Path) -> list[int]:
+    return sorted(int(path.name) for path in (directory / "versions").iterdir())
+
+
+def times(directory: pathlib.Path) -> dict[pathlib.Path, int]:
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+
+
+@pytest.mark.parametrize("reload, accept, keep", [(4, 8, 2), (1, 3, 1)])
+def test_each_version_is_stored_once_for_as_long_as_a_step_refers_to_it(tmp_path, opened, monkeypatch, reload, accept, keep):
+    """By the schedule, a save every step: what is on the disk is written once, and is what the steps that are kept refer to."""
+    num_steps, schedule, hashed = 14, Schedule(reload=reload, accept=accept), []
+    monkeypatch.setattr(weight_versions, "state_sha256", lambda tree: hashed.append(1) or state_sha256(tree))
+    weights = {v: {"w": jnp.full(500, v, jnp.float32)} for v in range(num_steps)}
+    checkpoints, seen, referred = opened(tmp_path, keep=keep), {}, []
+    for step in range(1, num_steps):
+        referred.append(set(schedule.needed(step, num_steps)) - {step})
+        checkpoints.save(small(step), {v: weights[v] for v in referred[-1]}, wait=True)
+        kept = sorted(set().union(*referred[-keep:]))
+        assert (stored(tmp_path) if kept else []) == kept
+        for path, written in times(tmp_path / "versions").items() if kept else ():
+            assert path.parent == tmp_path / "versions" or seen.setdefault(path, written) == written, f"{path} was written again"
+        assert {path.name for path in (tmp_path / str(step)).iterdir() if path.is_dir()} == {"state", "record"}
+        assert_same(opened(tmp_path, read_only=True).restore(small(0))[1], {v: weights[v] for v in referred[-1]})
+    ever = set().union(*referred)
+    assert len(hashed) == len(ever) > 1 and {path.relative_to(tmp_path).parts[1] for path in seen} == {str(v) for v in ever}
+
+
+def test_a_resumed_run_neither_writes_nor_hashes_what_is_stored(tmp_path, opened, monkeypatch):
+    version = {"w": jnp.arange(500, dtype=jnp.float32)}
+    opened(tmp_path).save(small(3), {2: version}, wait=True)
+    before = times(tmp_path / "versions")
+    resumed = opened(tmp_path)
+    versions = resumed.restore(small(0))[1]
+    monkeypatch.setattr(weight_versions, "state_sha256", None)
+    resumed.save(small(4), versions, wait=True)
+    assert times(tmp_path / "versions") == before
+    monkeypatch.undo()
+    assert_same(opened(tmp_path).restore(small(0)), (small(4), {2: version}))
+
+
+def test_a_version_of_a_lost_future_is_not_taken_for_the_new_one(tmp_path, opened):
+    """Step 2 is deleted, and with it what it alone refers to; a reader deletes nothing."""
+    first = opened(tmp_path)
+    first.save(small(1), {0: small(0).trainable}, wait=True)
+    first.save(small(2), {0: small(0).trainable, 1: small(1).trainable}, wait=True)
+    shutil.rmtree(tmp_path / "2")
+    assert opened(tmp_path, read_only=True).restore(small(0))[1].keys() == {0} and stored(tmp_path) == [0, 1]
+    again = opened(tmp_path)
+    assert stored(tmp_path) == [0]
+    again.save(small(2), {0: small(0).trainable, 1: small(9).trainable}, wait=True)
+    assert_same(opened(tmp_path).restore(small(5))[1], {0: small(0).trainable, 1: small(9).trainable})
+
+
+def test_another_version_of_the_same_number_is_refused(tmp_path, opened):
+    checkpoints = opened(tmp_path)
+    checkpoints.save(small(1), {0: small(0).trainable}, wait=True)
+    before = times(tmp_path)
+    message = refusal(lambda: checkpoints.save(small(2), {0: small(7).trainable}))
+    assert "step 2 is not saved: weight version 0 is not the one" in message and str(tmp_path / "versions" / "0") in message
+    assert times(tmp_path) == before
+    checkpoints.save(small(2), {0: small(0).trainable}, wait=True)
+    assert_same(opened(tmp_path).restore(small(5)), (small(2), {0: small(0).trainable}))
+
+
+def test_a_damaged_record_keeps_its_versions_until_it_is_gone(tmp_path, opened):
+    """What it refers to can not be told, so nothing is deleted, but a version that nobody vouches for is written anew."""
+    checkpoints = opened(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(small(step), {step - 1: small(step - 1).trainable}, wait=True)
+    record = tmp_path / "1" / "record" / "metadata"
+    content = record.read_bytes()
+    others = (content.replace(b'"versions": [0]', b'"versions": ' + versions) for versions in (b"[]", b"[4]"))
+    for damaged in (content[:20], *others):
+        assert damaged != content
+        record.write_bytes(damaged)
+        again = opened(tmp_path, keep=1)
+        assert_same(again.restore(small(0))[1], {1: small(1).trainable})
+        assert stored(tmp_path) == [0, 1]
+    again.save(small(3), {0: small(8).trainable, 1: small(1).trainable}, wait=True)
+    assert stored(tmp_path) == [0, 1]
+    assert_same(opened(tmp_path).restore(small(5))[1], {0: small(8).trainable, 1: small(1).trainable})
+
+
 # --- what is being saved while training goes on
 
 
@@ -225,19 +313,28 @@ def test_the_old_step_is_deleted_only_after_the_new_one_is_committed(tmp_path, o
     assert set(os.listdir(tmp_path)) == {"4"}
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path, opened):
+KILLS = {"2*": ["1"], "versions/1.*": [], "versions/1": ["1"]}  # when: which versions are committed
+
+
+@pytest.mark.parametrize("pattern", KILLS)
+def test_a_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path, opened, pattern):
+    """While the step is written, while the weight version is that it refers to, and between the two commits."""
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, checkpoint_writer.__file__, str(tmp_path)]
+    command = [sys.executable, checkpoint_writer.__file__, str(tmp_path), pattern]
     child = subprocess.run(command, env=environment, capture_output=True, timeout=120)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-2000:]
-    left = [path for path in tmp_path.iterdir() if path.name.startswith("2")]
-    assert left and not (tmp_path / "2").exists() and any(p.is_file() for p in left[0].rglob("*")), "step 2 is half written"
+    left = [path for path in tmp_path.glob(pattern) if any(p.is_file() for p in path.rglob("*"))]
+    assert left and not (tmp_path / "2").exists(), "step 2, or what it refers to, is half written"
+    assert [path.name for path in tmp_path.glob("versions/?")] == KILLS[pattern], "a version is committed before anything refers to it"
     checkpoints = opened(tmp_path, identity={"of": "tests"})
-    assert checkpoints.latest_step() == 1
+    assert checkpoints.latest_step() == 1 and not any((tmp_path / "versions").iterdir()), "no committed step refers to a version"
     like = checkpoint_writer.state(0, checkpoint_writer.SIZE)
     assert_same(checkpoints.restore(like)[0], checkpoint_writer.state(1, checkpoint_writer.SIZE))
-    checkpoints.save(checkpoint_writer.state(2, checkpoint_writer.SIZE), {}, wait=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"], "the half-written step is tidied up, and saved anew"
+    other = checkpoint_writer.state(7, checkpoint_writer.SIZE).trainable
+    checkpoints.save(checkpoint_writer.state(2, checkpoint_writer.SIZE), {1: other}, wait=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "versions"], "the half-written step is tidied up, and saved anew"
+    assert stored(tmp_path) == [1]
+    assert_same(opened(tmp_path, identity={"of": "tests"}).restore(like)[1], {1: other})
 
 
 def test_unfinished_steps_are_ignored(tmp_path, opened):
@@ -301,8 +398,9 @@ def intact(tmp_path_factory):
 
 
 def files(directory: pathlib.Path) -> list[str]:
-    """Files of step 2 with names that are the same in every run: data files are called by what they are."""
-    return sorted(str(path.relative_to(directory)) for path in (directory / "2").rglob("*") if path.is_file())
+    """Files of step 2 and of its weight version, with names that are the same in every run: data files are called by what they are."""
+    both = (directory / "2", directory / "versions" / "1")
+    return sorted(str(path.relative_to(directory)) for root in both for path in root.rglob("*") if path.is_file())
 
 
 def damages(content: bytes):
@@ -352,15 +450,28 @@ def test_the_remedy_works(intact, tmp_path, opened):
     assert_same(opened(directory).restore(small(0))[0], small(1))
 
 
-@pytest.mark.parametrize("name", ["state", "weights_1"])
-def test_arrays_that_were_exchanged_are_noticed_by_their_digest(intact, tmp_path, opened, name):
+@pytest.mark.parametrize("name, there, other", [("state", "2/state", "1/state"), ("weights_1", "versions/1", "versions/0")])
+def test_arrays_that_were_exchanged_are_noticed_by_their_digest(intact, tmp_path, opened, name, there, other):
     """Every file is sound, but the arrays are not those that were saved with the record."""
     directory = tmp_path / "run"
     shutil.copytree(intact, directory)
-    shutil.rmtree(directory / "2" / name)
-    shutil.copytree(directory / "1" / name.replace("1", "0"), directory / "2" / name)
+    shutil.rmtree(directory / there)
+    shutil.copytree(directory / other, directory / there)
     message = refusal(lambda: opened(directory).restore(small(0)))
-    assert f"corrupt ({name}: not what was saved, by its digest)" in message
+    assert f"corrupt ({name} in {directory / there}: not what was saved, by its digest)" in message
+
+
+def test_a_version_that_is_gone_is_one_line(intact, tmp_path, opened):
+    directory = tmp_path / "run"
+    shutil.copytree(intact, directory)
+    shutil.rmtree(directory / "versions" / "1")
+    message = refusal(lambda: opened(directory).restore(small(0)))
+    assert f"checkpoint {directory / '2'} is corrupt (weights_1 in {directory / 'versions' / '1'}: FileNotFoundError" in message
+    shutil.rmtree(message.split()[1])
+    checkpoints = opened(directory)
+    assert_same(checkpoints.restore(small(5)), (small(1), {0: small(0).trainable}))
+    checkpoints.save(small(2), {1: small(1).trainable}, wait=True)
+    assert_same(opened(directory).restore(small(5)), (small(2), {1: small(1).trainable}))
 
 
 def test_a_state_of_another_shape_is_one_line(intact, opened):

@@ -274,6 +274,7 @@ def test_a_version_that_is_asked_for(make, tmp_path):
     learner.save(wait=True)
     saved = {path.name for path in (tmp_path / "checkpoints" / "2").iterdir() if path.is_dir()}
     assert saved == {"state", "record"}, "what was only asked for is not saved"
+    assert not (tmp_path / "checkpoints" / "versions").exists()
     learner.update(rollouts(2, schedule))
     assert set(learner.versions) == {2}
 

@@ -232,6 +232,13 @@ def test_checkpoints_cross_meshes_and_numbers_of_processes(two, tmp_path):
     here.close()
 
 
+def test_processes_store_a_weight_version_once(two):
+    first, second, third, last = two["found"][0]["stored once"]
+    assert first and first == second == third, "written by the first step, and kept while the second is"
+    assert last == {}
+    assert [path.name for path in (two["folder"] / "together" / "versions").iterdir()] == ["0"]
+
+
 def test_what_processes_do_not_agree_on_is_refused_by_name(two):
     first, second = (found["refusals"] for found in two["found"])
     for refusals in (first, second):

@@ -149,7 +149,8 @@ def run(workdir, cache, disturbance=None, **changes):
         while (left := os.listdir(scratch)) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert left == [], "a killed driver's cluster is still there"
-    assert not [step for step in (workdir / "checkpoints").iterdir() if not step.name.isdigit()], "an unfinished checkpoint is left"
+    left = [*(workdir / "checkpoints").iterdir(), *(workdir / "checkpoints" / "versions").glob("*")]
+    assert not [path for path in left if not path.name.isdigit() and path.name != "versions"], "an unfinished checkpoint is left"
     return output, disturbance
 
 
