@@ -28,12 +28,12 @@ sys.exit(int(line))
 
 # Waits for signals as train.py does, and exits 75 after the save.
 WAITING = """
-import signal, sys
+import sys, time
 from pgrpo_jax.preemption import Stop
 stop = Stop().install()
 print("ready", flush=True)
 while not stop.requested:
-    signal.pause()
+    time.sleep(0.02)  # not signal.pause: a signal just before it would be waited for again
 print(f"saved after {stop.reason}", flush=True)
 sys.exit(int(sys.argv[1]))
 """
@@ -133,8 +133,8 @@ def test_a_command_that_the_signal_kills_is_one_to_run_again(start):
 
 
 def test_waits_for_the_command_through_many_signals(start):
-    slow = "import signal, time; signal.signal(15, lambda *a: print('again', flush=True)); print('ready', flush=True)\n"
-    slow += "for _ in range(3): signal.pause()\nraise SystemExit(75)"
+    slow = "import signal, time\nseen = []\nsignal.signal(15, lambda *a: (seen.append(1), print('again', flush=True)))\nprint('ready', flush=True)\n"
+    slow += "while len(seen) < 3: time.sleep(0.02)\nraise SystemExit(75)"
     process = start(sys.executable, "-c", slow)
     for _ in range(3):
         process.send_signal(signal.SIGTERM)

@@ -251,7 +251,7 @@ stop = Stop().install()
 tell("begins")
 print(*sys.argv[1:], sep="|", flush=True)
 while not stop.requested:
-    signal.pause()
+    time.sleep(0.02)
 time.sleep(0.5)  # the save
 tell("saved")
 print(f"saved after {stop.reason}", flush=True)
