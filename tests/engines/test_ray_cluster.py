@@ -74,3 +74,13 @@ def test_resources(text, found):
 def test_resources_that_are_none(text):
     with pytest.raises(ValueError, match=r"^resource .* is not NAME=NUMBER: write, for example, TPU=4,CPU=8$"):
         ray_cluster.resources(text)
+
+
+def test_a_whole_tpu_slice_is_reserved_once():
+    done = subprocess.run([sys.executable, str(DRIVER.parent / "slice_program.py")], capture_output=True, text=True, timeout=SECS, check=False)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["chips"] == 4.0
+    assert said["v6e:2x2"] == "TimeoutError: no free TPU slice 'v6e:2x2' within 2 s: look at the cluster (ray status)"  # it is taken
+    assert said["v6e:3x3"].startswith("ValueError: 'v6e:3x3' is no TPU slice (") and said["v6e:3x3"].endswith("for example v6e:4x4")
+    assert said["nonsense"].startswith("ValueError: 'nonsense' is no TPU slice (")
