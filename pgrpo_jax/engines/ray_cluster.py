@@ -45,7 +45,7 @@ class Cluster:
 
     def __init__(self, address: str = "", *, object_store_bytes: int = 0):
         self.is_local = not address
-        self._reaper = None
+        self._reaper, self._joined = None, False
         self.directory: str | None = None
         if self.is_local:
             marker = secrets.token_hex(16)
@@ -71,6 +71,7 @@ class Cluster:
                 socket.create_connection((host, int(port)), timeout=_CONNECT_SECS).close()
             logging.getLogger("ray").setLevel(logging.ERROR)  # it would remark on the thread
             ray.init(address=address or "local", **options)
+            self._joined = True
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             self.close()
             reason = " ".join(str(error).split())[:300]
@@ -80,7 +81,9 @@ class Cluster:
 
     def close(self) -> None:
         """Disconnects; a local cluster ends, with every process and file of it."""
-        ray.shutdown()
+        if self._joined:  # else Ray may be another's
+            ray.shutdown()
+            self._joined = False
         self._thread.shutdown(wait=False)
         if self._reaper is not None:
             del os.environ[ray_reaper.VARIABLE]
