@@ -119,7 +119,7 @@ def test_passes_a_signal_on_and_starts_nothing_after_it(start):
 @pytest.mark.parametrize("code", [0, 1])
 def test_a_signal_does_not_hide_how_the_command_ended(start, code):
     process = start("--retries=5", sys.executable, "-c", WAITING, str(code))
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=DEADLINE_SECS)
     assert process.returncode == code
 
