@@ -116,7 +116,7 @@ class Run:
                 "evaluation": evaluation,
                 "state_sha256": self.learner.digest(),
                 "config": settings.flat(self._config),
-                "reproducible": self._config.staleness.policy == "deterministic" and not self.directory.verdicts("train"),
+                "reproducible": self._config.staleness.policy == "deterministic" and not any(map(self.directory.verdicts, ("train", "test"))),
             }
             self.directory.write_summary(summary)
         return summary

@@ -22,6 +22,16 @@ for _name, _value in _RAY.items():
     os.environ.setdefault(f"RAY_{_name}", _value)
 
 
+class Generator(Protocol):
+    """What engines that work beside the driver run: `pgrpo_jax.actor.Actor`. Both methods may be called at once, by several threads."""
+
+    def generate(self, weights: Any, work: Work) -> Any:
+        """Samples the completions of a unit, on the devices that hold the weights."""
+
+    def judge(self, generated: Any) -> Rollouts:
+        """Rewards them; needs no accelerator."""
+
+
 class Engine(Protocol):
     """Runs units of work on actors, with the weight versions that the learner published.
 

@@ -2,28 +2,19 @@
 
 import dataclasses
 import threading
-from typing import Any, Callable, Mapping, Protocol, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pgrpo_jax import parameter_server
+from pgrpo_jax.engines import Generator
 from pgrpo_jax.engines.ray_cluster import RayBlobStore
 from pgrpo_jax.parameter_server import Manifest
 from pgrpo_jax.preemption import remove_stale_lock
 from pgrpo_jax.structs import Rollouts, Work
 
 LANES = 2  # units one process works on: it judges one while it generates the next
-
-
-class Generator(Protocol):
-    """What an actor process runs: `pgrpo_jax.actor.Actor`."""
-
-    def generate(self, weights: Any, work: Work) -> Any:
-        """Samples the completions of a unit."""
-
-    def judge(self, generated: Any) -> Rollouts:
-        """Rewards them."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any, Callable
 
 import ray
 
-from pgrpo_jax.engines.ray_actor import LANES, Generator, RayActorSettings, RemoteActor, create_actor
+from pgrpo_jax.engines import Generator
+from pgrpo_jax.engines.ray_actor import LANES, RayActorSettings, RemoteActor, create_actor
 from pgrpo_jax.parameter_server import BlobsLost, Manifest, ParameterServer
 from pgrpo_jax.preemption import Stop
 from pgrpo_jax.structs import Event, Finished, Lost, Started, Tick, Work

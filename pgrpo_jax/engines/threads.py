@@ -11,26 +11,17 @@ import itertools
 import threading
 import time
 import types
-from typing import Any, Callable, Protocol, Sequence
+from typing import Any, Callable, Sequence
 
 import jax
 
+from pgrpo_jax.engines import Generator
 from pgrpo_jax.engines.published import Published
 from pgrpo_jax.preemption import Stop
-from pgrpo_jax.structs import Event, Finished, Rollouts, Started, Tick, Work
+from pgrpo_jax.structs import Event, Finished, Started, Tick, Work
 
 LANES = 2  # threads of a device set
 _WAKE_SECS = 0.1  # how late a requested stop is noticed
-
-
-class Generator(Protocol):
-    """What the threads run: `pgrpo_jax.actor.Actor`. Called by several threads at once."""
-
-    def generate(self, weights: Any, work: Work) -> Any:
-        """Samples the completions of a unit, on the devices that hold the weights."""
-
-    def judge(self, generated: Any) -> Rollouts:
-        """Rewards them; needs no accelerator."""
 
 
 class ThreadsEngine:
