@@ -1,11 +1,12 @@
 """The actor of the engines' tests: a cheap pure function of (weights, work) that can be held up and made to fail, in any process.
 
 It speaks through files of a folder, so that a test can order events without a clock: "<phase> <index>" appears when a phase of a unit
-begins ("generate 3"), "<phase> <index> done" when it ends; a phase that is `held` waits for "open <phase> <index>".
+begins ("generate 3", holding the process id), "<phase> <index> done" when it ends; a phase that is `held` waits for "open <phase> <index>".
 """
 
 import dataclasses
 import functools
+import os
 import pathlib
 import time
 from typing import Any, Mapping
@@ -28,11 +29,13 @@ class ScriptedActor:
         folder: where it speaks.
         held: phases that wait until they are opened, such as "generate 3".
         failures: phase -> message of the ValueError that it raises.
+        deadly: phases that end the process.
     """
 
     folder: str
     held: frozenset[str] = frozenset()
     failures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    deadly: frozenset[str] = frozenset()
 
     def generate(self, weights: Any, work: Work) -> tuple[Work, np.ndarray, list[str]]:
         """Returns the unit, what it earns and the devices it was computed on."""
@@ -69,7 +72,9 @@ class ScriptedActor:
         return self.judge(self.generate(weights, work))
 
     def _begin(self, phase: str) -> None:
-        (pathlib.Path(self.folder) / phase).touch()
+        (pathlib.Path(self.folder) / phase).write_text(str(os.getpid()))
+        if phase in self.deadly:
+            os._exit(3)
         if phase in self.failures:
             raise ValueError(self.failures[phase])
         if phase in self.held:
