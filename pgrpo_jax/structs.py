@@ -25,12 +25,22 @@ class Prompt:
         text: the user's message, before the chat template.
         preference_id: the user's preference group, in [0, K).
         facts: what the task's reward needs to judge an answer (JSON-serialisable; never shown to the policy).
+        user_id: pseudonym of the user, for whom rewards can be taken out of the histories again; "" where the task knows no users.
+        history_id: the row of the reward history that the prompt's rewards are compared with and go to; None = `preference_id`. The
+            control arms "pooled" and "placebo" (algorithm.arm) set it; what is reported stays by `preference_id`.
     """
 
     prompt_id: str
     text: str
     preference_id: int
     facts: Mapping[str, Any]
+    user_id: str = ""
+    history_id: int | None = None
+
+    @property
+    def history_row(self) -> int:
+        """The row of the reward history of this prompt."""
+        return self.preference_id if self.history_id is None else self.history_id
 
 
 @dataclasses.dataclass(frozen=True)
