@@ -17,7 +17,7 @@ TEXTS = CODE + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "docs").r
 FLOORS = (
     {"structs", "algorithms"},
     {"models", "generation", "tasks", "parallel", "batching", "preemption", "rollout_files", "exchange", "schedule", "verifiers"}
-    | {"digests", "weight_versions"},
+    | {"digests", "weight_versions", "laboratory"},
     {"controller", "checkpoints", "update", "parameter_server"},
     {"actor", "learner"},
     {"engines"},
