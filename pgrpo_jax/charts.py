@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 import numpy as np
 
-_STYLE = {
+STYLE = {
     "svg.hashsalt": "pgrpo_jax", "font.family": "DejaVu Sans", "font.size": 9.0, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": "#b8c0cc", "axes.grid": True, "grid.color": "#eceff4", "axes.axisbelow": True, "xtick.color": "#5d6878",
     "ytick.color": "#5d6878", "axes.labelcolor": "#5d6878", "text.color": "#1c2430", "axes.titlesize": 9.0,
@@ -59,7 +59,7 @@ def curves(lines: Sequence[Line], *, unit: str) -> str:
     Returns:
         The chart as a data:image/svg+xml address.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 2.5))
         axes = figure.subplots()
         for line in lines:
@@ -83,7 +83,7 @@ def panels(titled: Sequence[tuple[str, Sequence[Line]]], *, unit: str, reference
     """
     rows = -(-len(titled) // _PANELS_A_ROW)
     columns = min(len(titled), _PANELS_A_ROW)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11.2, 2.3 * rows))
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes in grid.flat[len(titled):]:
@@ -114,7 +114,7 @@ def intervals(rows: Sequence[tuple[str, Sequence[Pair]]], *, unit: str, mark: fl
     Returns:
         The chart as a data:image/svg+xml address.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         most = max(len(pairs) for _, pairs in rows)
         figure = Figure(figsize=(11.2, 0.9 + len(rows) * (0.18 + 0.3 * most)))
         axes = figure.subplots()

@@ -10,9 +10,16 @@ policy, so offset, scale and noise change what the estimators see and not what i
 Letters: K preference groups, X contexts (prompts there are), A actions (answers), P prompts and N completions of a step.
 """
 
+import dataclasses
+from typing import Any, Mapping, Sequence
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+
+_BOUNDS = {"disagreement": 1.0, "difficulty": 1.0, "binary": 1.0, "visibility": np.inf, "exponent": np.inf}
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -53,6 +60,33 @@ class Policy:
 
     shared: chex.Array
     own: chex.Array
+
+
+def stack(worlds: Sequence[Mapping[str, Any]]) -> Regime:
+    """Puts worlds beside each other.
+
+    Args:
+        worlds: the fields of `Regime` of each, as plain numbers and tuples; all of the same K.
+
+    Returns:
+        `Regime`, float32, with a leading axis over the worlds.
+
+    Raises:
+        ValueError: where shares do not add up to 1, the lengths of a world's tuples differ, or a number is out of bounds.
+    """
+    names = [field.name for field in dataclasses.fields(Regime)]
+    for world in worlds:
+        if sorted(world) != sorted(names):
+            raise ValueError(f"the world has {', '.join(sorted(world))}, must have {', '.join(sorted(names))}: name each once")
+        lengths = {len(world[name]) for name in ("shares", "offsets", "scales", "noise")}
+        if len(lengths) > 1:
+            raise ValueError(f"shares, offsets, scales and noise have lengths {sorted(lengths)}: give one number for each preference group")
+        if abs(sum(world["shares"]) - 1) > 1e-6:
+            raise ValueError(f"shares add up to {sum(world['shares']):g}, must add up to 1: change them")
+        for name, high in _BOUNDS.items():
+            if not 0 <= world[name] <= high:
+                raise ValueError(f"{name} = {world[name]:g} is outside [0, {high:g}]: change it")
+    return Regime(**{name: jnp.asarray([world[name] for world in worlds], jnp.float32) for name in names})
 
 
 def utilities(key: chex.PRNGKey, regime: Regime, *, num_contexts: int, num_actions: int) -> chex.Array:
@@ -115,6 +149,20 @@ def draw_from(probabilities: chex.Array, uniform: chex.Array) -> chex.Array:
     """
     below = jnp.cumsum(probabilities, axis=-1) <= uniform[..., None]
     return jnp.minimum(jnp.sum(below, axis=-1, dtype=jnp.int32), probabilities.shape[-1] - 1)
+
+
+def at_least(shares: chex.Array, floor: chex.Array) -> chex.Array:
+    """Lifts the shares below the floor to it; the others give way in proportion to what they have above it.
+
+    Args:
+        shares: [K] float, adding up to 1.
+        floor: scalar in [0, 1/K].
+
+    Returns:
+        [K] float, adding up to 1, none below the floor.
+    """
+    above = jnp.maximum(shares - floor, 0)
+    return floor + above * ((1 - shares.shape[0] * floor) / jnp.maximum(jnp.sum(above), 1e-30))
 
 
 def observed_rewards(

@@ -10,12 +10,14 @@ import pytest
 from pgrpo_jax.laboratory import environment
 
 K, X, A = 3, 4, 5
+PLAIN = {
+    "shares": (0.5, 0.35, 0.15), "offsets": (0.0, 2.0, -1.0), "scales": (1.0, 0.5, 2.0), "noise": (0.1, 0.2, 0.3),
+    "disagreement": 0.75, "visibility": 1.0, "difficulty": 0.5, "exponent": 2.0, "binary": 0.0,
+}
 
 
 def regime(**changed):
-    values = {"shares": [0.5, 0.35, 0.15], "offsets": [0.0, 2.0, -1.0], "scales": [1.0, 0.5, 2.0], "noise": [0.1, 0.2, 0.3]}
-    values |= {"disagreement": 0.75, "visibility": 1.0, "difficulty": 0.5, "exponent": 2.0, "binary": 0.0}
-    return environment.Regime(**{name: jnp.asarray(value, jnp.float32) for name, value in (values | changed).items()})
+    return jax.tree.map(lambda leaf: leaf[0], environment.stack([PLAIN | changed]))
 
 
 def tastes(seed=0, **changed):
@@ -90,3 +92,24 @@ def test_observed_rewards_row_by_row(binary):
         base = float(uniform[n] < utility[n]) if binary else utility[n]
         expected = float(world.offsets[k]) + float(world.scales[k]) * (base + float(world.noise[k]) * normal[n])
         assert found[n] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_floor_lifts_the_small_and_the_others_give_way():
+    lifted = environment.at_least(jnp.asarray([0.5, 0.35, 0.15]), jnp.float32(0.25))
+    np.testing.assert_allclose(lifted, [0.25 + 0.25 * 0.25 / 0.35, 0.25 + 0.1 * 0.25 / 0.35, 0.25], rtol=1e-5)
+    shares = jnp.asarray([0.5, 0.35, 0.15])
+    np.testing.assert_allclose(environment.at_least(shares, jnp.float32(0.0)), shares, rtol=1e-6)
+    np.testing.assert_allclose(environment.at_least(shares, jnp.float32(1 / 3)), np.full(3, 1 / 3), rtol=1e-5)
+
+
+def test_stacks_worlds_and_refuses_wrong_ones():
+    stacked = environment.stack([PLAIN, PLAIN | {"visibility": 0.0}])
+    assert stacked.shares.shape == (2, 3) and stacked.visibility.tolist() == [1.0, 0.0]
+    for changed, message in (
+        ({"shares": (0.5, 0.3, 0.1)}, "shares add up to 0.9, must add up to 1: change them"),
+        ({"noise": (0.1, 0.1)}, r"have lengths \[2, 3\]: give one number for each preference group"),
+        ({"difficulty": 1.5}, r"difficulty = 1.5 is outside \[0, 1\]: change it"),
+        ({"visible": 1.0}, "the world has .*, must have .*: name each once"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            environment.stack([PLAIN | changed])
