@@ -7,7 +7,7 @@ state holds already; nothing else has to be saved. The test stream deals out all
 numbers for weights: each comes once before one comes again.
 
 Each task keeps its own K preference groups: those of the first task come first. Prompts and components of rewards carry their task's name,
-"movielens/…"; "answered" belongs to all.
+"movielens/…"; "answered" belongs to all. Users' pseudonyms differ between tasks as they are.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from typing import Any, Mapping, Sequence
 import numpy as np
 
 from pgrpo_jax.structs import Prompt, Reward
-from pgrpo_jax.tasks import JUDGES, TASKS, Task, streams
+from pgrpo_jax.tasks import JUDGES, RULES, TASKS, Task, assignments, streams
 
 MAX_WEIGHT = 1000
 
@@ -101,8 +101,7 @@ class Mixture:
         return dict(zip(self.tasks, itertools.accumulate(sizes, initial=0)))
 
     def _mixed(self, name: str, prompt: Prompt) -> Prompt:
-        preference_id = prompt.preference_id + self._first_ids()[name]
-        return dataclasses.replace(prompt, prompt_id=f"{name}/{prompt.prompt_id}", preference_id=preference_id)
+        return _shifted(prompt, f"{name}/{prompt.prompt_id}", self._first_ids()[name])
 
     def _own(self, prompt: Prompt) -> tuple[str, Prompt]:
         """The name of a prompt's task, and the prompt as that task made it."""
@@ -110,7 +109,13 @@ class Mixture:
         if name not in self.tasks:
             known = ", ".join(self.tasks)
             raise ValueError(f"prompt {prompt.prompt_id!r} is of none of the tasks {known}: use prompts of the same mixture")
-        return name, dataclasses.replace(prompt, prompt_id=prompt_id, preference_id=prompt.preference_id - self._first_ids()[name])
+        return name, _shifted(prompt, prompt_id, -self._first_ids()[name])
+
+
+def _shifted(prompt: Prompt, prompt_id: str, by: int) -> Prompt:
+    """The prompt under another name, its preference group and its row of the history `by` rows further on."""
+    history_id = None if prompt.history_id is None else prompt.history_id + by
+    return dataclasses.replace(prompt, prompt_id=prompt_id, preference_id=prompt.preference_id + by, history_id=history_id)
 
 
 def locate(position: int, counts: tuple[int, ...]) -> tuple[int, int]:
@@ -166,7 +171,21 @@ def parse(name: str) -> dict[str, int]:
     return weights
 
 
-def load(name: str, data_dir: str, *, seed: int, num_preference_groups: int) -> Task:
+def check_preference_groups(name: str, rule: str) -> None:
+    """Refuses a rule that one of the tasks does not offer.
+
+    Args:
+        name: as `parse` reads it.
+        rule: how users are assigned to preference groups, one rule for all tasks; "" leaves each task its own default.
+
+    Raises:
+        ValueError: the name can not be read, or a task does not offer the rule.
+    """
+    for task in parse(name):
+        assignments.check_rule(rule, task=task, offered=RULES[task])
+
+
+def load(name: str, data_dir: str, *, seed: int, num_preference_groups: int, preference_groups: str = "") -> Task:
     """Loads a task or a mixture.
 
     Args:
@@ -174,21 +193,25 @@ def load(name: str, data_dir: str, *, seed: int, num_preference_groups: int) -> 
         data_dir: directory of the source files of all its tasks.
         seed: of the run.
         num_preference_groups: K of each task.
+        preference_groups: how users are assigned to them, a rule that each of the tasks offers (`tasks.RULES`); "" is a task's default.
 
     Raises:
-        ValueError: the name, the seed or K is outside its range, or a task's data are.
+        ValueError: the name, the seed, K or the rule is outside its range, or a task's data are.
         FileNotFoundError: a source file is missing.
     """
-    return _load(TASKS, name, data_dir, seed=seed, num_preference_groups=num_preference_groups)
+    options = {"seed": seed, "num_preference_groups": num_preference_groups, "preference_groups": preference_groups}
+    return _load(TASKS, name, data_dir, options)
 
 
-def load_judge(name: str, data_dir: str, *, seed: int, num_preference_groups: int) -> Task:
+def load_judge(name: str, data_dir: str, *, seed: int, num_preference_groups: int, preference_groups: str = "") -> Task:
     """Loads only what `reward`, `choice` and `baselines` need of a task or a mixture; arguments as for `load`."""
-    return _load(JUDGES, name, data_dir, seed=seed, num_preference_groups=num_preference_groups)
+    options = {"seed": seed, "num_preference_groups": num_preference_groups, "preference_groups": preference_groups}
+    return _load(JUDGES, name, data_dir, options)
 
 
-def _load(loaders: Mapping[str, Any], name: str, data_dir: str, **options: int) -> Task:
+def _load(loaders: Mapping[str, Any], name: str, data_dir: str, options: Mapping[str, Any]) -> Task:
     weights = parse(name)
+    check_preference_groups(name, options["preference_groups"])
     tasks = {task: loaders[task](data_dir, **options) for task in weights}
     return Mixture(tasks=tasks, weights=weights) if len(tasks) > 1 else tasks[name]
 
