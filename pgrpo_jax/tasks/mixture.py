@@ -37,6 +37,11 @@ class Mixture:
     weights: Mapping[str, int]
 
     @property
+    def parts(self) -> tuple[Task, ...]:
+        """The tasks it is made of."""
+        return tuple(self.tasks.values())
+
+    @property
     def num_preference_groups(self) -> int:
         """K: the tasks' own added up."""
         return sum(task.num_preference_groups for task in self.tasks.values())
@@ -72,6 +77,11 @@ class Mixture:
         counts = tuple(self.weights[name] if split == "train" else self.tasks[name].num_prompts(split) for name in names)
         found = [(names[task], place) for task, place in (locate(p, counts) for p in streams.batch_range(batch_index, batch_size))]
         return tuple(self._mixed(name, self.tasks[name].prompts(split, place, 1)[0]) for name, place in found)
+
+    def own_prompts(self, name: str) -> tuple[Prompt, ...]:
+        """Returns the different training prompts of one task, as the mixture names them."""
+        task = self.tasks[name]
+        return tuple(self._mixed(name, prompt) for prompt in task.prompts("train", 0, task.num_prompts("train")))
 
     def reward(self, prompt: Prompt, answer: str) -> Reward:
         """Judges an answer by its prompt's own task; the components of other tasks' rewards are 0."""
@@ -217,5 +227,16 @@ def _load(loaders: Mapping[str, Any], name: str, data_dir: str, options: Mapping
 
 
 def parts(task: Task) -> tuple[Task, ...]:
-    """Returns the tasks that a mixture is made of; of another task, itself."""
-    return tuple(task.tasks.values()) if isinstance(task, Mixture) else (task,)
+    """Returns the tasks that a task names as its `parts` (a mixture, curated or not); of another task, itself."""
+    return getattr(task, "parts", (task,))
+
+
+def training_prompts(task: Task) -> list[tuple[int, tuple[Prompt, ...]]]:
+    """Returns every different training prompt once, as the stream of `task` has it: (weight, prompts) for each task of a mixture.
+
+    Args:
+        task: a mixture, or a task whose first epoch of training prompts holds each once; the weight of a task alone is 1.
+    """
+    if not isinstance(task, Mixture):
+        return [(1, task.prompts("train", 0, task.num_prompts("train")))]
+    return [(task.weights[name], task.own_prompts(name)) for name in task.tasks]
