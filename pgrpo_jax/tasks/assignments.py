@@ -112,7 +112,7 @@ def by_rating(means: np.ndarray, *, is_train: np.ndarray, num_preference_groups:
     filled = len(np.unique(ids[is_train]))
     if filled < num_preference_groups:
         raise ValueError(
-            f"num_preference_groups is {num_preference_groups}, but the mean ratings of the training users fill only {filled} buckets: "
+            f"num_preference_groups is {num_preference_groups}, but the mean ratings of the training users fill only {filled} of them: "
             "lower task.num_preference_groups"
         )
     bounds = ["", *(f"{edge:.2f}" for edge in edges), ""]

@@ -269,5 +269,5 @@ def _check_strata(strata: Sequence[Stratum], counts: Sequence[int], names: Seque
             name = names[stratum.prompts[0].preference_id]
             raise ValueError(
                 f"preference group {name!r} has {len(stratum.prompts)} training prompts, fewer than its {count} of a step: "
-                "lower strata_floor, a prompt must not meet itself in one step"
+                "lower strata_floor, or a step would ask a prompt twice"
             )
