@@ -33,7 +33,7 @@ def test_users_are_hashed_evenly_and_by_name_alone():
         assignments.by_user(names, 0)
 
 
-VALUES = ["b"] * 5 + ["a"] * 3 + ["d"] * 3 + ["c"] + ["new"] * 4 + ["a"]
+VALUES = ["b"] * 5 + ["d"] * 3 + ["a"] * 3 + ["c"] + ["new"] * 4 + ["a"]
 TRAIN = np.array([True] * 12 + [False] * 5)
 
 

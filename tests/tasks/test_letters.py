@@ -1,6 +1,8 @@
 """The toy task: preferences conflict, rewards by hand, sizes and streams as documented."""
 
 import collections
+import hashlib
+import json
 import string
 
 import numpy as np
@@ -171,3 +173,12 @@ def test_an_unknown_rule_is_refused():
     assert letters.load("", seed=0, num_preference_groups=3, preference_groups="persona") == load(3)
     with pytest.raises(ValueError, match="num_preference_groups is 0"):
         letters.load("", seed=0, num_preference_groups=0, preference_groups="user")
+
+
+def test_the_default_stream_is_pinned():
+    """A run resumed under newer code must meet the same prompts: ids, texts, facts and preference groups as they were first released."""
+    digest = hashlib.sha256()
+    for split in ("train", "test"):
+        for p in load(3).prompts(split, 0, 100) + load(3).prompts(split, 30, 100):
+            digest.update(json.dumps([p.prompt_id, p.text, p.preference_id, dict(p.facts)]).encode())
+    assert digest.hexdigest().startswith("05a8040626db380b")
