@@ -4,13 +4,16 @@ import dataclasses
 import math
 from typing import Any
 
-from pgrpo_jax.algorithms import presets
+from pgrpo_jax.algorithms import advantages, importance, memory, presets
 from pgrpo_jax.algorithms.advantages import AdvantageSettings
 from pgrpo_jax.algorithms.importance import Correction
 from pgrpo_jax.algorithms.memory import Memory
 from pgrpo_jax.algorithms.objective import Objective
-from pgrpo_jax.algorithms.preference_weights import PreferenceWeights
-from pgrpo_jax.curation import Curation
+from pgrpo_jax.algorithms.preference_weights import KINDS, PreferenceWeights
+from pgrpo_jax.curation import Curation, SELECT
+from pgrpo_jax.kl_control import SCOPES
+from pgrpo_jax.learner import PROXIMAL
+from pgrpo_jax.tasks import arms, curated, mixture
 
 _OVERRIDES = (
     "baseline", "scale", "aggregation", "importance", "policy_term", "clip_low", "clip_high", "dual_clip",
@@ -24,15 +27,14 @@ _ONE_OF = {
     "algorithm.cold_start": advantages.COLD_STARTS,
     "algorithm.timing": advantages.TIMINGS,
     "algorithm.memory": memory.KINDS,
-    "algorithm.arm": ARMS,
-    "algorithm.preference_weights": preference_weights_.KINDS,
-    "algorithm.correction": importance.LEVELS,
-    "algorithm.correction_bound": importance.BOUNDS,
+    "algorithm.arm": arms.ARMS,
+    "algorithm.preference_weights": KINDS,
+    "algorithm.correction": tuple(importance.LEVELS),
+    "algorithm.correction_bound": tuple(importance.BOUNDS),
     "algorithm.proximal": PROXIMAL,
     "algorithm.kl_scope": SCOPES,
     "curation.select": SELECT,
     "curation.order": curated.ORDERS,
-    "curation.unestimated": curated.UNESTIMATED,
 }
 _POSITIVE = ("positive and finite", lambda value: 0 < value < math.inf)
 _AT_LEAST_0 = ("at least 0 and finite", lambda value: 0 <= value < math.inf)
@@ -49,8 +51,8 @@ _BOUNDS = {
     "algorithm.kl_target": _AT_LEAST_0,
     "algorithm.kl_horizon": _POSITIVE,
     "algorithm.reference_refresh": _AT_LEAST_0,
-    "algorithm.correction_low": _AT_LEAST_0,
-    "algorithm.correction_high": ("at least 1 and finite", lambda value: 1 <= value < math.inf),
+    "algorithm.correction_low": ("in [0, 1]", lambda value: 0 <= value <= 1),
+    "algorithm.correction_high": ("at least 1", lambda value: value >= 1),
     "curation.min_information": _AT_LEAST_0,
     "curation.overlong_buffer": _AT_LEAST_0,
     "curation.overlong_penalty": _AT_LEAST_0,
@@ -68,7 +70,7 @@ def faults(config: Any) -> list[str]:
     for key, (bound, holds) in _BOUNDS.items():
         if (value := _get(config, key)) is not None and not holds(value):
             errors.append(f"{key} = {value} is not {bound}: set it within")
-    for build in (preset, components):
+    for build in (preset, components, lambda c: mixture.check_preference_groups(c.task.name, c.task.preference_groups)):
         try:
             build(config)
         except ValueError as error:

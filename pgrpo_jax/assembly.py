@@ -20,7 +20,7 @@ from pgrpo_jax.generation.engine import bucket_length
 from pgrpo_jax.learner import Learner
 from pgrpo_jax.models import tokenizer as tokenizers
 from pgrpo_jax.models import families, transformer, weights
-from pgrpo_jax.tasks import arms, curated, mixture, Task
+from pgrpo_jax.tasks import arms, curated, difficulty, mixture, Task
 from pgrpo_jax.train_state import initial_state
 from pgrpo_jax.verifiers import Judge
 from pgrpo_jax.verifiers.rewards import RewardPool
@@ -59,9 +59,8 @@ def load_task(config: Any) -> Task:
         num_preference_groups=config.task.num_preference_groups,
         preference_groups=config.task.preference_groups,
     )
-    task = arms.with_arm(_curated(config, task), config.algorithm.arm, seed=config.seed)
     check_task(task, num_held_out=config.evaluation.num_prompts)
-    return task
+    return _curated(config, arms.with_arm(task, config.algorithm.arm, config.seed))
 
 
 def _curated(config: Any, task: Task) -> Task:
@@ -70,11 +69,11 @@ def _curated(config: Any, task: Task) -> Task:
         task,
         seed=config.seed,
         prompts_per_step=config.prompts_per_step,
-        difficulty=c.difficulty,
+        difficulty=difficulty.read(c.difficulty) if c.difficulty else None,
         min_mean=c.min_mean,
         max_mean=math.inf if c.max_mean is None else c.max_mean,
         min_std=c.min_std,
-        unestimated=c.unestimated,
+        keep_unknown=c.keep_unknown,
         order=c.order,
         strata_floor=c.strata_floor,
     )
@@ -162,6 +161,7 @@ def make_rewards(config: Any) -> RewardPool:
         config.task.data_dir,
         seed=config.seed,
         num_preference_groups=config.task.num_preference_groups,
+        preference_groups=config.task.preference_groups,
     )
     rewards = config.rewards
     return RewardPool(task, num_processes=rewards.num_processes, timeout_secs=rewards.timeout_secs, on_failure=rewards.on_failure)

@@ -206,7 +206,7 @@ class Learner:
         self._offer_versions()
         metrics = batch_metrics.describe(flat, advantages, jax.device_get(diagnostics)) | batch_metrics.of_update(scalars, self._kl_coefficients())
         metrics |= {"staleness": float(staleness), "learning_rate": float(self._learning_rate(self.step * s.passes_per_batch - 1))}
-        metrics |= {"informative_prompts": informative, "reward_shaped": batch_metrics.mean(signals.rewards, flat.valid)}
+        metrics |= {"informative_prompts": informative, "reward_shaped": batch_metrics.mean_reward(signals.rewards, flat.valid)}
         metrics |= {f"preference_group/{p}/weight": float(weight) for p, weight in enumerate(weights)}
         rows = batching.completion_rows(rollouts, completions_per_prompt=s.completions_per_prompt)
         return metrics, advantages[rows]

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pgrpo_jax.algorithms import aggregation, importance, policy_terms, regularisers
+from pgrpo_jax.algorithms.importance import Correction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Objective:
     kl_in: str = "loss"
     entropy_coefficient: float = 0.0
     max_length: int = 0
-    correction: importance.Correction = importance.Correction()
+    correction: Correction = Correction()
 
 
 def policy_loss(
@@ -116,7 +117,7 @@ def policy_loss(
     if reference_log_probs is not None:
         per_token["kl"] = regularisers.k3(log_probs, reference_log_probs)
     sums = {name: jnp.sum(jnp.where(counted, x, 0)) for name, x in per_token.items()}
-    sums = jax.lax.stop_gradient(sums | importance.correction_sums(corrections, counted))
+    sums = jax.lax.stop_gradient(sums | importance.correction_sums(corrections, counted, objective.correction))
     return -jnp.sum(weights * gain), count, sums
 
 
