@@ -213,7 +213,8 @@ def _step(state, batch, advantages, old_log_probs, reference_log_probs, *, model
     fixed = (batch, advantages, kl_coefficients, old_log_probs, reference_log_probs)
     grads, loss, sums, gaps = accumulate(state.trainable, model, settings, *fixed)
     changes, optimiser_state = make_optimiser(optimiser_settings).update(grads, state.optimiser, state.trainable)
-    metrics = _means(sums) | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    means = _means(sums)
+    metrics = {"clip_fraction": means.pop("clipped")} | means | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     for name, values in gaps.items():
         metrics |= {f"{name}/{key}": value for key, value in importance.gap_statistics(values, values >= 0).items()}
     return state.replace(trainable=optax.apply_updates(state.trainable, changes), optimiser=optimiser_state), metrics
