@@ -17,8 +17,8 @@ TEXTS = CODE + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "docs").r
 FLOORS = (
     {"structs", "algorithms"},
     {"models", "generation", "tasks", "parallel", "batching", "preemption", "rollout_files", "exchange", "schedule", "verifiers"}
-    | {"digests", "weight_versions", "laboratory"},
-    {"controller", "checkpoints", "update", "parameter_server"},
+    | {"digests", "weight_versions", "batch_metrics", "laboratory"},
+    {"controller", "checkpoints", "update", "parameter_server", "gradient_shares"},
     {"actor", "learner"},
     {"engines"},
     {"train", "evaluate", "deployment", "assembly", "settings", "placement", "metrics", "run_directory", "step_records", "console"}
@@ -32,6 +32,7 @@ SAME_FLOOR = {
     "parallel": {"models"},
     "digests": {"parallel"},
     "weight_versions": {"digests"},
+    "gradient_shares": {"update"},
     "train": {"deployment", "settings", "evaluate", "step_records", "console"},
     "evaluate": {"deployment", "settings", "run_directory", "console"},
     "deployment": {"assembly", "placement", "run_directory"},
