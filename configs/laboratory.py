@@ -74,7 +74,7 @@ OPTIONS: dict[str, dict[str, Arm]] = {
     **_on_both("stratified", {f"floor {x}": {"share_floor": x} for x in (0.2, 0.25, 0.33)}),
     **_on_both("kl budget", {f"{x} nats": {"kl_target": x} for x in (1.0, 1.5, 2.0)}),
 }
-LEARNING_RATES = (0.5, 1.0, 2.0, 4.0)
+LEARNING_RATES = (1.0, 2.0, 4.0, 8.0)
 
 # arm -> (option, learning rate), what `choose` put first
 CHOSEN: dict[str, tuple[str, float]] = {name: (list(options)[len(options) // 2], 2.0) for name, options in OPTIONS.items()}
