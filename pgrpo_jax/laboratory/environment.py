@@ -121,6 +121,19 @@ def log_probs(policy: Policy, visibility: chex.Array) -> chex.Array:
     return jax.nn.log_softmax(policy.shared[None] + visibility * policy.own, axis=-1)
 
 
+def policy_gradient(by_logits: chex.Array, visibility: chex.Array) -> Policy:
+    """The chain rule through L = θ0 + v·θ1.
+
+    Args:
+        by_logits: [K, X, A] float, gradient of anything by the logits.
+        visibility: scalar v.
+
+    Returns:
+        Its gradient by the policy.
+    """
+    return Policy(shared=jnp.sum(by_logits, axis=0), own=visibility * by_logits)
+
+
 def normalised_rewards(log_probs: chex.Array, utilities: chex.Array) -> chex.Array:
     """True expected reward of every preference group: 0 for the uniform policy, 1 for the best answer everywhere.
 

@@ -221,7 +221,7 @@ def _update(
     coefficients = jnp.where(numbers.kl_target > 0, state.kl_coefficients, 0)
     table = environment.log_probs(state.policy, regime.visibility)
     by_preference, kl = jax.grad(_loss, has_aux=True)(table, batch, advantage, coefficients[batch.preference_ids], budget.prompts_per_step)
-    gradient = Policy(shared=jnp.sum(by_preference, axis=0), own=regime.visibility * by_preference)
+    gradient = environment.policy_gradient(by_preference, regime.visibility)
     policy, square = _descend(state.policy, gradient, state.square, number, numbers.learning_rate)
     # Every parameter of the policy sees the gradient of the logits, the preference group's own ones v times it.
     norms = jnp.sqrt(jnp.sum(by_preference**2, axis=(1, 2)))

@@ -65,6 +65,26 @@ def test_disagreement_runs_from_one_taste_to_independent_ones():
         assert abs(np.corrcoef(apart[i].ravel(), apart[j].ravel())[0, 1]) < 0.1
 
 
+def test_the_exponent_makes_good_answers_rare():
+    plain, rare = [np.asarray(tastes(exponent=exponent, difficulty=0.0)) for exponent in (1.0, 4.0)]
+    np.testing.assert_allclose(rare, plain**4, rtol=1e-5)
+
+
+def test_the_gradient_of_the_policy_is_that_of_its_logits_through_the_chain_rule():
+    generator = np.random.default_rng(3)
+    weights, shared, own = [jnp.asarray(generator.normal(size=size), jnp.float32) for size in ((K, X, A), (X, A), (K, X, A))]
+    visibility = jnp.float32(0.3)
+
+    def loss(policy):
+        return jnp.sum(weights * environment.log_probs(policy, visibility))
+
+    policy = environment.Policy(shared=shared, own=own)
+    by_logits = jax.grad(lambda logits: jnp.sum(weights * jax.nn.log_softmax(logits, axis=-1)))(shared[None] + visibility * own)
+    found, expected = environment.policy_gradient(by_logits, visibility), jax.grad(loss)(policy)
+    np.testing.assert_allclose(found.shared, expected.shared, atol=1e-5)
+    np.testing.assert_allclose(found.own, expected.own, atol=1e-5)
+
+
 def test_difficulty_keeps_a_share_of_the_hardest_context():
     easy, hard = tastes(difficulty=0.0), tastes(difficulty=0.9)
     np.testing.assert_allclose(hard[:, 0], easy[:, 0], rtol=1e-6)
@@ -76,6 +96,7 @@ def test_one_uniform_number_is_one_draw():
     uniform = jnp.asarray([0.0, 0.19, 0.21, 0.69, 0.71, 0.9999999])
     drawn = environment.draw_from(jnp.broadcast_to(probabilities, (6, 4)), uniform)
     assert drawn.tolist() == [0, 0, 2, 2, 3, 3]
+    assert environment.draw_from(jnp.asarray([[0.0, 1.0]]), jnp.asarray([0.0])).tolist() == [1]  # never what has no probability
     short = environment.draw_from(jnp.asarray([[0.5, 0.4999]]), jnp.asarray([0.99999]))  # rounding left the sum below 1
     assert short.tolist() == [1]
 

@@ -136,6 +136,8 @@ def test_balanced_weights_teach_the_minority_faster():
 def test_a_kl_budget_keeps_the_policy_near_the_first_one():
     free, held = curve(GRPO)["base"][:, -1].mean(), curve(change(GRPO, kl_target=0.2))["base"][:, -1].mean()
     assert 0.2 < held < free - 0.05
+    wide = curve(change(GRPO, kl_target=1e6))["base"]  # never reached, yet there is a coefficient at first
+    assert np.abs(wide - curve(GRPO)["base"]).max() > 1e-4
 
 
 def test_instruments_of_a_seed():
