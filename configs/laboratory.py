@@ -76,8 +76,31 @@ OPTIONS: dict[str, dict[str, Arm]] = {
 }
 LEARNING_RATES = (1.0, 2.0, 4.0, 8.0)
 
-# arm -> (option, learning rate), what `choose` put first
-CHOSEN: dict[str, tuple[str, float]] = {name: (list(options)[len(options) // 2], 2.0) for name, options in OPTIONS.items()}
+# arm -> (option, learning rate), what `choose` put first on 2026-11-25
+CHOSEN: dict[str, tuple[str, float]] = {
+    'grpo': ('', 2.0),
+    'dr_grpo': ('', 2.0),
+    'rloo': ('', 2.0),
+    'reinforce_pp': ('', 2.0),
+    'p_grpo': ('', 2.0),
+    'p_grpo, after': ('', 2.0),
+    'p_grpo, ema': ('half-life 512 rewards', 2.0),
+    'p_grpo, window': ('16 batches', 2.0),
+    'p_grpo, discounted': ('half-life 64 updates', 2.0),
+    'p_grpo, blend': ('lambda 0.75', 2.0),
+    'scale only': ('', 2.0),
+    'p_grpo, shrinkage': ('16 pseudo-rewards', 2.0),
+    'pooled (control)': ('', 2.0),
+    'placebo (control)': ('', 2.0),
+    'dro, grpo': ('temperature 1.0', 2.0),
+    'dro, p_grpo': ('temperature 1.0', 2.0),
+    'balanced, grpo': ('', 2.0),
+    'balanced, p_grpo': ('', 2.0),
+    'stratified, grpo': ('floor 0.33', 2.0),
+    'stratified, p_grpo': ('floor 0.33', 2.0),
+    'kl budget, grpo': ('1.5 nats', 2.0),
+    'kl budget, p_grpo': ('1.5 nats', 2.0),
+}
 DRAWN = ("grpo", "p_grpo", "dr_grpo", "stratified, grpo")  # in the chart of learning curves
 ARMS: dict[str, Arm] = {
     name: dataclasses.replace(OPTIONS[name][option], learning_rate=rate) for name, (option, rate) in CHOSEN.items()

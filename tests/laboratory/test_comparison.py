@@ -57,6 +57,8 @@ def test_verdict_counts_regimes_and_holds_the_mean():
     assert found.worst.mean == pytest.approx(0.04)
     dear = comparison.verdict(flat([0.1 + wiggle, 0.1 + wiggle], [wiggle - 0.02, wiggle - 0.02]), base, REGIMES, tolerance=0.01)
     assert dear.better == REGIMES and not dear.lifts
+    unsure = flat([0.1 + wiggle] * 2, [20 * wiggle - 0.005] * 2)  # the mean is within, the end of its interval is not
+    assert not comparison.verdict(unsure, base, REGIMES, tolerance=0.01).lifts
     assert comparison.verdict(flat([0.1 + wiggle] * 2, [wiggle - 0.02] * 2), base, REGIMES, tolerance=0.03).lifts
 
 
