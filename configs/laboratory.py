@@ -15,6 +15,7 @@ from pgrpo_jax.laboratory.training import Arm, Budget
 
 CHOICE_SEEDS = range(0, 200)
 REPORT_SEEDS = range(1000, 1200)
+FOLLOW_UP_SEEDS = range(2000, 2200)
 TOLERANCE = 0.01  # of normalised reward, by which an option may lower the mean
 
 BUDGET = Budget(num_steps=100, early_step=20, prompts_per_step=8, completions_per_prompt=8, num_contexts=8, num_actions=8)
@@ -104,4 +105,12 @@ CHOSEN: dict[str, tuple[str, float]] = {
 DRAWN = ("grpo", "p_grpo", "dr_grpo", "stratified, grpo")  # in the chart of learning curves
 ARMS: dict[str, Arm] = {
     name: dataclasses.replace(OPTIONS[name][option], learning_rate=rate) for name, (option, rate) in CHOSEN.items()
+}
+
+# Two questions that the report raised, asked of seeds it had not seen: does stratified sampling with a lower floor keep the mean, and does
+# dro still help where the minority's ratings are high rather than low?
+FOLLOW_UP_REGIMES = REGIMES | {"minority that rates high": _BASE | {"offsets": (0.0, 0.0, 1.0)}}
+FOLLOW_UP_ARMS: dict[str, Arm] = {name: ARMS[name] for name in ("grpo", "p_grpo", "dro, grpo", "dro, p_grpo")} | {
+    f"{name}, {option}": dataclasses.replace(OPTIONS[name][option], learning_rate=CHOSEN[name][1])
+    for name in ("stratified, grpo", "stratified, p_grpo") for option in ("floor 0.2", "floor 0.25")
 }

@@ -14,11 +14,12 @@ def test_choices_are_among_the_options():
 
 def test_what_is_reported_was_not_chosen_on():
     assert not set(laboratory.CHOICE_SEEDS) & set(laboratory.REPORT_SEEDS)
+    assert not set(laboratory.FOLLOW_UP_SEEDS) & {*laboratory.CHOICE_SEEDS, *laboratory.REPORT_SEEDS}
     assert len(laboratory.CHOICE_SEEDS) >= 200 and len(laboratory.REPORT_SEEDS) >= 200
 
 
 def test_regimes_are_worlds_whose_minority_is_last():
-    regimes = environment.stack(list(laboratory.REGIMES.values()))
+    regimes = environment.stack(list(laboratory.FOLLOW_UP_REGIMES.values()))
     assert regimes.shares.shape[0] >= 6
     for name, world in laboratory.REGIMES.items():
         assert min(world["shares"]) == world["shares"][-1], name
