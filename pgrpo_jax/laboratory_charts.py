@@ -17,7 +17,7 @@ _BASELINE = "grpo"
 _PARTS = (("worst_final", "worst preference group", "#c4572e", -0.17), ("mean_final", "mean over users", "#2f6db3", 0.17))
 _COLOURS = ("#5d6878", "#2f6db3", "#c4572e", "#3b8f5a", "#8a5bb5")
 _COLUMNS = 4
-_DPI = 73
+_DPI = 72
 
 
 def differences(report: Mapping[str, Any]) -> bytes:
