@@ -20,13 +20,14 @@ def diagnostics(batch):
     rng = cases.named("diagnostics")
     preference = batch.preference_ids[batch.prompt_index]
     own = [[float(batch.rewards[i]) for i in np.flatnonzero(batch.valid) if preference[i] == p] for p in range(cases.K)]
-    floats = {name: rng.random(cases.K).astype(np.float32) for name in ("batch_std", "advantage_scale", "bias", "history_mean", "history_std")}
+    names = ("batch_std", "advantage_scale", "bias", "history_mean", "history_std")
+    floats = {name: rng.random(cases.K).astype(np.float32) for name in names}
     counts = {"batch_count": np.array([len(r) for r in own], np.int32), "history_count": np.array([5, 0, 9], np.int32)}
     return Diagnostics(batch_mean=np.array([np.mean(r) if r else 0 for r in own], np.float32), **counts, **floats)
 
 
 def example():
-    """Preference group 2 is absent, prompt 2 has one reward, prompt 4 no completion; equal answers within and across prompts; garbage in padding."""
+    """Preference group 2 is absent, prompt 2 has one reward, prompt 4 no completion; equal answers in and across prompts; garbage."""
     rng = cases.named("batch metrics")
     batch = cases.batch("describe")
     valid, completions, mask = batch.valid.copy(), batch.completions.copy(), batch.completion_mask.copy()
@@ -52,7 +53,9 @@ def test_describe_equals_a_loop():
     metrics = batch_metrics.describe(batch, advantages, found)
     rows = [i for i in range(len(batch.valid)) if batch.valid[i]]
     preference = {i: int(batch.preference_ids[batch.prompt_index[i]]) for i in rows}
-    answers = {i: (int(batch.prompt_index[i]), tuple(int(t) for t, m in zip(batch.completions[i], batch.completion_mask[i]) if m)) for i in rows}
+    said = lambda i: tuple(int(t) for t, m in zip(batch.completions[i], batch.completion_mask[i]) if m)  # noqa: E731
+    answers = {i: (int(batch.prompt_index[i]), said(i)) for i in rows}
+    signal = lambda some: sum(abs(float(advantages[i])) for i in some)  # noqa: E731
     repeated = {i: any(answers[j] == answers[i] for j in rows if j < i) for i in rows}
     assert repeated[13] and repeated[15] and not repeated[12] and not repeated[20] and not repeated[9]
     mean = lambda values: sum(values) / len(values) if len(values) else NAN  # noqa: E731
@@ -75,7 +78,7 @@ def test_describe_equals_a_loop():
         expected |= {
             f"preference_group/{p}/reward": mean([float(batch.rewards[i]) for i in own]),
             f"preference_group/{p}/count": len(own),
-            f"preference_group/{p}/signal_share": sum(abs(float(advantages[i])) for i in own) / sum(abs(float(advantages[i])) for i in rows),
+            f"preference_group/{p}/signal_share": signal(own) / signal(rows),
             f"preference_group/{p}/length": mean([batch.completion_mask[i].sum() for i in own]),
             f"preference_group/{p}/duplicates": mean([repeated[i] for i in own]),
             f"preference_group/{p}/history_count": [5, 0, 9][p],
@@ -84,7 +87,8 @@ def test_describe_equals_a_loop():
         for name in ("advantage_scale", "bias", "history_mean", "history_std"):
             expected[f"preference_group/{p}/{name}"] = float(getattr(found, name)[p])
     rewarded = [expected[f"preference_group/{p}/reward"] for p in (0, 1)]
-    expected |= {"worst_preference_group": rewarded.index(min(rewarded)), "worst_reward": min(rewarded), "gap": abs(rewarded[0] - rewarded[1])}
+    expected |= {"worst_preference_group": rewarded.index(min(rewarded)), "worst_reward": min(rewarded)}
+    expected["gap"] = abs(rewarded[0] - rewarded[1])
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
@@ -158,8 +162,9 @@ def test_token_sums_add_up_over_slices_and_equal_a_loop():
     sums = jax.jit(lambda b, e, k: batch_metrics.token_sums(b, {"entropy": e, "kl": k}, num_preference_groups=cases.K))(batch, entropy, kl)
     halves = [slice(0, 4), slice(4, 8)]
     rows = [slice(0, 16), slice(16, 32)]
-    parts = [batch_metrics.token_sums(cut(batch, p, r), {"entropy": jnp.array(entropy[r]), "kl": jnp.array(kl[r])}, num_preference_groups=cases.K)
-             for p, r in zip(halves, rows)]  # fmt: skip
+    values = [{"entropy": jnp.array(entropy[r]), "kl": jnp.array(kl[r])} for r in rows]
+    slices = [cut(batch, p, r) for p, r in zip(halves, rows)]
+    parts = [batch_metrics.token_sums(s, v, num_preference_groups=cases.K) for s, v in zip(slices, values)]
     for name, value in expected.items():
         np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
         np.testing.assert_allclose(sum(part[name] for part in parts), value, rtol=1e-5, err_msg=name)

@@ -1,4 +1,4 @@
-"""Parts of the gradient: they add up to the whole, equal finite differences of a closed form's shares, and do not see the mesh or the slices."""
+"""Parts of the gradient: they add up to the whole, give the shares NumPy gives, and do not see the mesh or the slices."""
 
 import dataclasses
 import math
