@@ -99,6 +99,16 @@ def test_one_is_left_behind_while_the_others_rise():
         assert not {key for key in found if "left_behind" in key and "/1/" not in key}
 
 
+def test_the_others_are_compared_with_the_time_of_the_best():
+    """Preference group 1 is at its best when it is last seen, and comes back fallen: what the others did meanwhile counts."""
+    records = []
+    for step in range(1, 111):
+        own = 0.5 if step <= 20 else 0.6 if step <= 30 else 0.595 if step <= 40 else None if step <= 80 else 0.2
+        other = 0.5 + 0.4 * min(max(step - 40, 0) / 20, 1) + 0.01 * (step % 2)
+        records.append({"step": step, "preference_group/0/reward": other, "preference_group/1/reward": own})
+    assert raised(records[:80]) == {} and 81 < raised(records)["preference_group/1/left_behind"] <= 100
+
+
 def flat(step, **changes):
     return {"step": step, "reward": 0.5, "reward_std": 0.2, **QUIET} | {name.replace("__", "/"): value for name, value in changes.items()}
 
@@ -129,7 +139,7 @@ def test_a_value_that_is_missing_changes_nothing():
 def test_an_alarm_stays_through_small_changes_and_ends_with_recovery():
     """The mean of duplicates sits about the bound: raised once; ended when it is back."""
     rng = np.random.default_rng(0)
-    levels = [0.1] * 40 + [0.45] * 60 + [0.1] * 40
+    levels = [0.1] * 40 + [0.4] * 60 + [0.1] * 40
     records = [flat(i + 1, duplicates=level + rng.normal(0, 0.06)) for i, level in enumerate(levels)]
     watch, states = alarms.Watch(), []
     for record in records:

@@ -33,7 +33,9 @@ def test_generation_metrics():
     }  # fmt: skip
     found = generation_metrics([dataclasses.replace(UNITS[0], generation_secs=0.0)], num_preference_groups=3)
     assert np.isnan(found["tokens_per_sec"]) and np.isnan(found["preference_group/2/truncated"])
-    assert found["preference_group/0/truncated"] == found["preference_group/1/truncated"] == 1 / 2
+    uneven = [UNITS[0], dataclasses.replace(UNITS[1], truncated=np.array([True, False, False, False]))]
+    found = generation_metrics(uneven, num_preference_groups=2)
+    assert (found["preference_group/0/truncated"], found["preference_group/1/truncated"]) == (2 / 4, 1 / 4)
 
 
 def test_a_step_without_completions_has_no_shares():
