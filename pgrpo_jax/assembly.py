@@ -2,23 +2,26 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
+import math
 import zlib
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 
-from pgrpo_jax import parallel, settings
+from pgrpo_jax import algorithm_settings, kl_control, parallel, settings
 from pgrpo_jax.actor import Actor, Sizes
-from pgrpo_jax.algorithms import reward_history
-from pgrpo_jax.algorithms.advantages import ESTIMATORS
+from pgrpo_jax.algorithms import memory
 from pgrpo_jax.checkpoints import Checkpoints
 from pgrpo_jax.generation.engine import bucket_length
-from pgrpo_jax.learner import Learner, initial_state
+from pgrpo_jax.learner import Learner
 from pgrpo_jax.models import tokenizer as tokenizers
 from pgrpo_jax.models import families, transformer, weights
-from pgrpo_jax.tasks import Task, mixture
+from pgrpo_jax.tasks import arms, curated, difficulty, mixture, Task
+from pgrpo_jax.train_state import initial_state
 from pgrpo_jax.verifiers import Judge
 from pgrpo_jax.verifiers.rewards import RewardPool
 
@@ -49,10 +52,31 @@ def load_task(config: Any) -> Task:
         ValueError: a split has no prompts, a prompt's preference id is outside [0, K), or there are fewer held-out prompts than wanted.
         FileNotFoundError: the task's source files are missing.
     """
-    per_task = config.task.num_preference_groups
-    task = mixture.load(config.task.name, config.task.data_dir, seed=config.seed, num_preference_groups=per_task)
+    task = mixture.load(
+        config.task.name,
+        config.task.data_dir,
+        seed=config.seed,
+        num_preference_groups=config.task.num_preference_groups,
+        preference_groups=config.task.preference_groups,
+    )
     check_task(task, num_held_out=config.evaluation.num_prompts)
-    return task
+    return _curated(config, arms.with_arm(task, config.algorithm.arm, config.seed))
+
+
+def _curated(config: Any, task: Task) -> Task:
+    c = config.curation
+    return curated.curated(
+        task,
+        seed=config.seed,
+        prompts_per_step=config.prompts_per_step,
+        difficulty=difficulty.read(c.difficulty) if c.difficulty else None,
+        min_mean=c.min_mean,
+        max_mean=math.inf if c.max_mean is None else c.max_mean,
+        min_std=c.min_std,
+        keep_unknown=c.keep_unknown,
+        order=c.order,
+        strata_floor=c.strata_floor,
+    )
 
 
 def check_task(task: Task, *, num_held_out: int) -> None:
@@ -137,6 +161,7 @@ def make_rewards(config: Any) -> RewardPool:
         config.task.data_dir,
         seed=config.seed,
         num_preference_groups=config.task.num_preference_groups,
+        preference_groups=config.task.preference_groups,
     )
     rewards = config.rewards
     return RewardPool(task, num_processes=rewards.num_processes, timeout_secs=rewards.timeout_secs, on_failure=rewards.on_failure)
@@ -169,23 +194,30 @@ def make_learner(config: Any, base: Base, checkpoints: Checkpoints, *, devices: 
         checkpoints: where the state is committed.
         devices: what the learner may use; None = all devices of all processes.
     """
-    options, algorithm = settings.learner_settings(config, base.tokenizer), settings.preset(config)
+    options, estimator = settings.learner_settings(config, base.tokenizer), algorithm_settings.advantage_settings(config)
     used = (devices or jax.devices())[: config.learner.num_devices or None]
     mesh = parallel.make_mesh(used, fsdp=config.learner.mesh.fsdp, tp=config.learner.mesh.tp)
-    kernel = parallel.advantage_kernel(ESTIMATORS[algorithm.advantage], used, **settings.advantage_options(config))
-    history = reward_history.init(settings.num_preference_groups(config))
+    kernel = parallel.advantage_kernel(estimator, used, num_prompts=options.oversample * config.prompts_per_step)
+    history = memory.init(estimator.memory, options.num_preference_groups, jnp.float32, num_components=len(options.components) or None)
+    refreshed = options.kl.coefficient > 0 and options.kl.refresh > 0
+    state = initial_state(
+        base.params, history, options.optimiser, mesh,
+        objective=kl_control.initial(options.kl, options.num_preference_groups), keep_reference=refreshed,
+    )  # fmt: skip
     return Learner(
         dataclasses.replace(base.model, remat=config.learner.remat) if config.learner.remat else base.model,
-        initial_state(base.params, history, options.optimiser, mesh),
+        state,
         advantage_kernel=kernel,
         settings=options,
-        reference=base.params if algorithm.kl_coefficient else None,
+        reference=base.params if options.kl.coefficient > 0 and not refreshed else None,
         load_base=functools.partial(load_params, config, base.model),
         mesh=mesh,
         checkpoints=checkpoints,
     )
 
 
-def run_identity(identity: dict[str, Any], base: Base) -> dict[str, Any]:
-    """Returns what decides the trajectory: the identity keys of the configuration and the digest of the base model."""
-    return identity | {"model.sha256": base.sha256}
+def run_identity(config: Any, identity: Mapping[str, Any], base: Base) -> dict[str, Any]:
+    """Returns what decides the trajectory: the identity keys of the configuration, the digests of the base model and of the difficulty estimates."""
+    estimates = config.curation.difficulty
+    digest = hashlib.sha256(epath.Path(estimates).read_bytes()).hexdigest() if estimates else "none"
+    return dict(identity) | {"model.sha256": base.sha256, "curation.difficulty.sha256": digest}

@@ -1,14 +1,10 @@
 """Floor 1: the metrics of a step that need no model: rewards, advantages, lengths, repeats, and who is worst off.
 
-`describe` runs on the host, on the flat batch of a step. What only the update sees of each token (entropy, KL) it adds up with `token_sums`
-inside its program, by preference group, and `token_means` makes metrics of it.
+`describe` runs on the host, on the flat batch of a step; `of_update` names what the update measured.
 """
 
 from typing import Any, Mapping
 
-import chex
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pgrpo_jax.structs import TrainBatch
@@ -17,16 +13,13 @@ CVAR_SHARE = 0.2
 """The share of a step's prompts, the worst ones, that `cvar` is the mean reward of."""
 
 
-def describe(
-    batch: TrainBatch, advantages: np.ndarray, diagnostics: Any, *, effective_history_count: np.ndarray | None = None
-) -> dict[str, float]:
+def describe(batch: TrainBatch, advantages: np.ndarray, diagnostics: Any) -> dict[str, float]:
     """Returns the metrics of a batch that need no model, by preference group where it counts; NaN where there is nothing to measure.
 
     Args:
         batch: flat, on the host.
         advantages: [N].
         diagnostics: `advantages.Diagnostics` on the host, K rows.
-        effective_history_count: [K], rewards the histories count for (count x weight); None = the rewards they hold.
     """
     valid = np.asarray(batch.valid)
     preference_ids = batch.preference_ids[batch.prompt_index][valid]
@@ -47,7 +40,7 @@ def describe(
         "duplicates": _mean(repeated),
         "cvar": cvar(means),
     }
-    effective = diagnostics.history_count if effective_history_count is None else effective_history_count
+    effective = diagnostics.effective_count
     total = np.abs(kept).sum()
     for p in range(len(counts)):
         prefix, own = f"preference_group/{p}", preference_ids == p
@@ -144,39 +137,28 @@ def cvar(rewards: np.ndarray, share: float = CVAR_SHARE) -> float:
     return float((weights * ranked).sum() / mass)
 
 
-def token_sums(batch: TrainBatch, values: Mapping[str, chex.Array], *, num_preference_groups: int) -> dict[str, chex.Array]:
-    """Adds up values of tokens by preference group; a pure function for the update's program, no gradient goes through.
+def of_update(measured: Mapping[str, Any], kl_coefficients: np.ndarray) -> dict[str, float]:
+    """Makes metrics of what the update measured on the tokens it trained on.
 
     Args:
-        batch: one slice, N completions.
-        values: name -> [N, Tc] float, one value for each token; what is masked may be anything.
-        num_preference_groups: K.
-
-    Returns:
-        name -> [K] sums over the tokens that count, and `token_count` [K] in the dtype of the values. They add up over slices.
+        measured: of `update.update`: scalars, and "by_preference/…" [K].
+        kl_coefficients: [K] beta of each preference group; zeros where no KL is paid.
     """
-    counted = batch.completion_mask & batch.valid[:, None]
-    ids = batch.preference_ids[batch.prompt_index]
+    found = {name: value for name, value in measured.items() if not name.startswith(("by_preference/", "correction"))}
+    mean, square = float(measured["correction"]), float(measured["correction_squared"])
+    found |= {
+        "correction/weight": mean,
+        "correction/bounded": measured["correction_bounded"],
+        "effective_sample_size": mean**2 / square if square > 0 else 0.0,
+        "kl_coefficient": np.mean(kl_coefficients),
+    }
+    found.setdefault("kl", np.nan)  # without a reference: not measured
+    for name in [name for name in measured if name.startswith("by_preference/")]:
+        found |= {f"preference_group/{p}/{name.removeprefix('by_preference/')}": value for p, value in enumerate(measured[name])}
+    found |= {f"preference_group/{p}/kl_coefficient": beta for p, beta in enumerate(kl_coefficients)}
+    return {name: float(value) for name, value in found.items()}
 
-    def total(tokens: chex.Array) -> chex.Array:
-        rows = jnp.sum(jnp.where(counted, jax.lax.stop_gradient(tokens), jnp.zeros((), tokens.dtype)), axis=1)
-        return jax.ops.segment_sum(rows, ids, num_preference_groups)
 
-    ones = jnp.ones(counted.shape, jnp.result_type(*values.values()))
-    return {name: total(tokens) for name, tokens in values.items()} | {"token_count": total(ones)}
-
-
-def token_means(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Makes metrics of `token_sums` on the host.
-
-    Args:
-        sums: name -> [K], with `token_count`.
-
-    Returns:
-        `preference_group/{p}/{name}`: mean over the tokens of preference group p, NaN where it has none.
-    """
-    counts = np.asarray(sums["token_count"], np.float64)
-    return {
-        f"preference_group/{p}/{name}": float(total[p] / counts[p]) if counts[p] else float("nan")
-        for name, total in sums.items() if name != "token_count" for p in range(len(counts))
-    }  # fmt: skip
+def mean_reward(rewards: np.ndarray, valid: np.ndarray) -> float:
+    """Returns the mean over valid completions of what was trained on, [N] or [N, C]; NaN without any."""
+    return float(np.mean(rewards[valid], dtype=np.float64)) if valid.any() else float("nan")

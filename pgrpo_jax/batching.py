@@ -109,6 +109,23 @@ def _at(order: np.ndarray, count: int, parts: Sequence[np.ndarray], *, fill: int
     return out
 
 
+def take_prompts(batch: TrainBatch, places: np.ndarray) -> tuple[TrainBatch, np.ndarray]:
+    """Returns the batch of some of its prompts.
+
+    Args:
+        batch: of `to_train_batch`.
+        places: [P] int, prompts to take, in the order wanted.
+
+    Returns:
+        (the smaller batch, [N] int64: the row that each of its rows was in `batch`).
+    """
+    per_prompt = len(batch.rewards) // len(batch.prompts)
+    rows = (places[:, None] * per_prompt + np.arange(per_prompt)).reshape(-1)
+    of_prompts = {name: getattr(batch, name)[places] for name in ("prompts", "prompt_lengths", "preference_ids")}
+    of_rows = {name: getattr(batch, name)[rows] for name in ("completions", "completion_mask", "behaviour_log_probs", "rewards", "valid")}
+    return TrainBatch(**of_prompts, **of_rows, prompt_index=np.repeat(np.arange(len(places), dtype=np.int32), per_prompt)), rows
+
+
 def micro_batches(batch: TrainBatch, count: int) -> TrainBatch:
     """Cuts a batch into slices of whole prompts.
 

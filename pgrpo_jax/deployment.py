@@ -207,7 +207,7 @@ def _local_actor(wanted: _Wanted, base: assembly.Base, task: Task) -> Actor:
 
 
 def _checkpoints(config, identity, base, workdir, *, read_only: bool = False) -> Checkpoints:
-    whose = assembly.run_identity(identity, base)
+    whose = assembly.run_identity(config, identity, base)
     return Checkpoints(workdir / "checkpoints", identity=whose, keep=config.checkpoint.keep, read_only=read_only)
 
 

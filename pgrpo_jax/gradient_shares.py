@@ -17,7 +17,7 @@ import numpy as np
 from pgrpo_jax import parallel, update as updates
 from pgrpo_jax.models.transformer import Transformer
 from pgrpo_jax.structs import TrainBatch
-from pgrpo_jax.update import ObjectiveSettings
+from pgrpo_jax.update import LossSettings
 
 _CANCELLED = 1e-6
 """|g|² below this share of Σ|g_p|² is rounding: the parts cancel, or there are none."""
@@ -26,13 +26,12 @@ _CANCELLED = 1e-6
 def gradient_shares(
     params: Any,
     model: Transformer,
-    settings: ObjectiveSettings,
+    settings: LossSettings,
     batch: TrainBatch,
     advantages: chex.Array,
+    kl_coefficients: chex.Array,
     old_log_probs: chex.Array | None,
     reference_log_probs: chex.Array | None,
-    *,
-    num_preference_groups: int,
 ) -> np.ndarray:
     """Measures the gradients of the preference groups and the angles between them.
 
@@ -43,18 +42,20 @@ def gradient_shares(
         params: the policy's parameters, on their devices; with weights that are in the learner's own layout.
         model: the transformer, as the learner runs it.
         settings: of the objective.
-        batch: with a leading axis of micro-batches (`batching.micro_batches`), laid out as for `update.update`; so the three after it.
+        batch: with a leading axis of micro-batches (`batching.micro_batches`), laid out as for `update.update`.
         advantages: [M, N/M].
+        kl_coefficients: [K] float, beta of each preference group.
         old_log_probs: [M, N/M, Tc], or None where the policy itself generated the batch.
         reference_log_probs: [M, N/M, Tc], or None without a reference.
-        num_preference_groups: K.
 
     Returns:
         [K, K] float64, the Gram matrix Γ; row and column of a preference group that is not in the batch are 0.
     """
+    num_preference_groups = settings.num_preference_groups
+    sliced = (batch, advantages, old_log_probs, reference_log_probs)
     parts, counts = [], []
     for p in range(num_preference_groups):
-        gradient, count = preference_gradient(params, model, settings, (batch, advantages, old_log_probs, reference_log_probs), p)
+        gradient, count = preference_gradient(params, model, settings, kl_coefficients, sliced, p)
         parts.append(gradient)
         counts.append(count)
     total = max(1.0, sum(float(jax.device_get(count)) for count in counts))
@@ -67,7 +68,7 @@ def gradient_shares(
 
 
 def preference_gradient(
-    params: Any, model: Transformer, settings: ObjectiveSettings, parts: tuple[Any, ...], preference_id: int
+    params: Any, model: Transformer, settings: LossSettings, kl_coefficients: chex.Array, parts: tuple[Any, ...], preference_id: int
 ) -> tuple[Any, chex.Array]:
     """Gradient of the loss sum over the completions of one preference group, accumulated over micro-batches.
 
@@ -75,7 +76,8 @@ def preference_gradient(
         params: the policy's parameters, on their devices.
         model: the transformer.
         settings: of the objective.
-        parts: (batch, then what `update.loss_sums` takes after it), each with a leading axis of micro-batches.
+        kl_coefficients: [K] float.
+        parts: (batch, advantages, old log-probs, reference log-probs), each with a leading axis of micro-batches.
         preference_id: p; one program serves all.
 
     Returns:
@@ -83,15 +85,17 @@ def preference_gradient(
     """
     shardings = jax.tree.map(lambda x: x.sharding, params)
     program = parallel.compiled(_gradient, (shardings, None), model=model, settings=settings)
-    return program(params, parts, np.int32(preference_id))
+    return program(params, kl_coefficients, parts, np.int32(preference_id))
 
 
-def _gradient(params: Any, parts: tuple[Any, ...], preference_id: chex.Array, *, model: Transformer, settings: ObjectiveSettings) -> Any:
+def _gradient(params, kl_coefficients, parts, preference_id, *, model: Transformer, settings: LossSettings) -> Any:
     def add(carry: Any, part: tuple[Any, ...]) -> tuple[Any, None]:
-        batch, *rest = part
+        batch, advantages, *fixed = part
         own = batch.replace(valid=batch.valid & (batch.preference_ids == preference_id)[batch.prompt_index])
-        (_, (sums, *_)), gradient = jax.value_and_grad(updates.loss_sums, has_aux=True)(params, model, settings, own, *rest)
-        return jax.tree.map(jnp.add, carry, (gradient, sums["completion_count"])), None
+        (_, (sums, _)), gradient = jax.value_and_grad(updates.loss_sums, has_aux=True)(
+            params, model, settings, own, advantages, kl_coefficients, *fixed
+        )
+        return jax.tree.map(jnp.add, carry, (gradient, sums["count"])), None
 
     start = jax.tree.map(jnp.zeros_like, params), jnp.zeros((), parts[1].dtype)
     return jax.lax.scan(add, start, parts)[0]

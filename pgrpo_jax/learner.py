@@ -1,20 +1,25 @@
 """The learner role: rollouts → per-preference-group normalised advantages → update → weight versions and checkpoints."""
 
 import dataclasses
-import functools
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pgrpo_jax import batching, parallel
+from pgrpo_jax import batch_metrics, batching, curation, kl_control, parallel
+from pgrpo_jax.algorithms import preference_weights
+from pgrpo_jax.algorithms.preference_weights import PreferenceWeights
 from pgrpo_jax.checkpoints import Checkpoints, state_sha256
+from pgrpo_jax.curation import Curation, Signals
+from pgrpo_jax.kl_control import KLControl
 from pgrpo_jax.models.transformer import Transformer
 from pgrpo_jax.schedule import Schedule
 from pgrpo_jax.structs import Rollouts, TrainBatch, TrainState
-from pgrpo_jax.update import ObjectiveSettings, OptimiserSettings, learning_rate, make_optimiser, score_slices, update
+from pgrpo_jax.train_state import copied
+from pgrpo_jax.update import kl_penalties, learning_rate, LossSettings, OptimiserSettings, score_slices, update
+
+PROXIMAL = ("generator", "current")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +34,17 @@ class LearnerSettings:
         micro_batches: slices of whole prompts for gradient accumulation.
         passes_per_batch: optimiser steps made from one batch.
         pad_id: token id of padding.
-        objective: clip range, KL coefficient, sampling support.
+        loss: objective and sampling support.
         optimiser: AdamW and its schedule.
         weights_dtype: of weight versions, "float32" or "bfloat16"; the state itself is float32.
+        curation: which prompts and completions are trained on.
+        oversample: prompts that a step consumes, as a multiple of those of a batch.
+        components: names of the reward components that are standardised apart; none = the total.
+        preference_weights: how much each preference group weighs in the loss.
+        kl: how the KL to the reference is held.
+        proximal: the old policy of the ratio: "generator", the weights that generated the batch, or "current", those before the update
+            (decoupled PPO, AReaL, arXiv:2505.24298).
+        relabelled: the rollouts were recorded elsewhere, so that the weights of their versions are not known.
     """
 
     num_steps: int
@@ -41,35 +54,16 @@ class LearnerSettings:
     micro_batches: int
     passes_per_batch: int
     pad_id: int
-    objective: ObjectiveSettings
+    loss: LossSettings
     optimiser: OptimiserSettings
     weights_dtype: str
-
-
-def initial_state(params: Any, history: Any, optimiser: OptimiserSettings, mesh: Mesh) -> TrainState:
-    """Returns the state before the first update, on its devices: no device ever holds more than its share.
-
-    Args:
-        params: the policy, from the host or this process's devices; the same in every process. Copied, since updates donate their input.
-        history: before the first reward.
-        optimiser: AdamW's settings.
-        mesh: of `parallel.make_mesh`.
-    """
-    placed = parallel.place(params, parallel.layout(params, mesh))
-    shardings = parallel.layout(jax.eval_shape(functools.partial(_start, optimiser=optimiser), placed), mesh)
-    trainable, moments = parallel.compiled(_start, shardings, optimiser=optimiser)(placed)
-    counted = {"step": np.int32(0), "next_work": np.int32(0), "history": history}
-    return TrainState(trainable=trainable, optimiser=moments, objective={}, **parallel.replicate(counted, mesh))
-
-
-# One program for all leaves, in these two: an eager copy would compile one for each shape.
-def _start(params: Any, *, optimiser: OptimiserSettings) -> tuple[Any, Any]:
-    copies = jax.tree.map(jnp.copy, params)
-    return copies, make_optimiser(optimiser).init(copies)
-
-
-def _copy(params: Any, *, dtype: str) -> Any:
-    return jax.tree.map(lambda x: jnp.copy(x).astype(dtype), params)
+    curation: Curation
+    oversample: int = 1
+    components: tuple[str, ...] = ()
+    preference_weights: PreferenceWeights = PreferenceWeights()
+    kl: KLControl = KLControl()
+    proximal: str = "generator"
+    relabelled: bool = False
 
 
 class Learner:
@@ -115,7 +109,7 @@ class Learner:
         self._learning_rate = jax.jit(learning_rate(settings.optimiser))
         self._load_base = load_base
         self._params_layout = parallel.layout(state.trainable, mesh)
-        self._copy = parallel.compiled(_copy, self._params_layout, dtype=settings.weights_dtype)
+        self._copy = parallel.compiled(copied, self._params_layout, dtype=settings.weights_dtype)
         self._version_shapes = jax.tree.map(_shape, jax.eval_shape(self._copy, state.trainable), self._params_layout)
         self._reference = None if reference is None else parallel.place(reference, self._params_layout)
         self.state = state
@@ -189,44 +183,99 @@ class Learner:
             FloatingPointError: the loss or the gradient is not finite; the last checkpoint stays good.
         """
         s = self._settings
-        expected = None if s.schedule.freshest else s.schedule.version(self.step)
+        expected = None if s.schedule.freshest or s.relabelled else s.schedule.version(self.step)
         batching.check(rollouts, num_preference_groups=s.num_preference_groups, version=expected)
         flat = batching.to_train_batch(rollouts, completions_per_prompt=s.completions_per_prompt, pad_id=s.pad_id)
+        signals = curation.signals(rollouts, flat, s.curation, step=self.step, components=s.components)
+        signals = self._pay_kl(flat, signals, version=expected)
+        preference_ids = flat.preference_ids[flat.prompt_index]
         advantages, history, diagnostics = self._advantages(
-            flat.rewards, flat.prompt_index, flat.preference_ids[flat.prompt_index], flat.valid, self.state.history
+            signals.rewards, flat.prompt_index, preference_ids, signals.history_ids, signals.staleness, flat.valid, self.state.history
         )
-        batch = parallel.shard_rows(batching.micro_batches(flat, s.micro_batches), self._mesh, axis=1)
-        sliced = parallel.shard_rows(np.asarray(advantages).reshape(s.micro_batches, -1), self._mesh, axis=1)
-        old, reference = self._fixed_log_probs(batch, version=expected)
+        advantages = np.asarray(advantages)
+        trained, wanted, informative = curation.train_on(flat, signals, advantages, s.curation)
+        weights = self._preference_weights(trained, diagnostics)
+        wanted = wanted * weights[trained.preference_ids[trained.prompt_index]]
+        scalars = self._optimise(trained, wanted.astype(advantages.dtype), version=expected)
 
-        for _ in range(s.passes_per_batch):
-            self.state, scalars = update(self.state, self._model, s.objective, s.optimiser, batch, sliced, old, reference)
-            scalars = jax.device_get(scalars)
-            self._refuse_non_finite(scalars)
         staleness = np.mean([self.step - r.work.version for r in rollouts])
         self.step += 1
         self.next_work = rollouts[-1].work.index + 1 if next_work is None else next_work
         counted = {"step": np.int32(self.step), "next_work": np.int32(self.next_work), "history": history}
-        self.state = self.state.replace(**parallel.replicate(counted, self._mesh))
+        self.state = self.state.replace(**parallel.replicate(counted, self._mesh), objective=self._next_objective(scalars))
         self._offer_versions()
-        metrics = {"kl": float("nan")} | {name: float(value) for name, value in scalars.items()}  # without a reference: not measured
+        metrics = batch_metrics.describe(flat, advantages, jax.device_get(diagnostics)) | batch_metrics.of_update(scalars, self._kl_coefficients())
         metrics |= {"staleness": float(staleness), "learning_rate": float(self._learning_rate(self.step * s.passes_per_batch - 1))}
+        metrics |= {"informative_prompts": informative, "reward_shaped": batch_metrics.mean_reward(signals.rewards, flat.valid)}
+        metrics |= {f"preference_group/{p}/weight": float(weight) for p, weight in enumerate(weights)}
         rows = batching.completion_rows(rollouts, completions_per_prompt=s.completions_per_prompt)
-        return metrics | describe(flat, np.asarray(advantages), jax.device_get(diagnostics)), np.asarray(advantages)[rows]
+        return metrics, advantages[rows]
 
-    def _fixed_log_probs(self, batch: TrainBatch, *, version: int | None) -> tuple[jax.Array | None, jax.Array | None]:
-        """Log-probs of the old policy and of the reference, in the update's own layout; None where they are not needed.
+    def _optimise(self, trained: TrainBatch, advantages: np.ndarray, *, version: int | None) -> dict[str, np.ndarray]:
+        """Makes the optimiser steps of a batch; returns what the last one measured."""
+        s = self._settings
+        batch = self._on_devices(trained, s.micro_batches)
+        sliced = parallel.shard_rows(advantages.reshape(s.micro_batches, -1), self._mesh, axis=1)
+        old, reference = self._old_log_probs(batch, version=version), self._reference_log_probs(batch)
+        for _ in range(s.passes_per_batch):
+            self.state, scalars = update(self.state, self._model, s.loss, s.optimiser, batch, sliced, old, reference)
+            scalars = jax.device_get(scalars)
+            self._refuse_non_finite(scalars)
+        return scalars
 
-        Strictly on-policy with one pass, the old policy is the stopped gradient of the policy itself. Where units are of several
-        versions (None) the sampler's own log-probs stand for it: the weights of old versions are not kept.
+    def _on_devices(self, batch: TrainBatch, slices: int) -> TrainBatch:
+        return parallel.shard_rows(batching.micro_batches(batch, slices), self._mesh, axis=1)
+
+    def _old_log_probs(self, batch: TrainBatch, *, version: int | None, always: bool = False) -> jax.Array | None:
+        """Log-probs of the old policy, in the update's own layout; None where it is the policy itself and one pass is made.
+
+        Where units are of several versions (None) the sampler's own log-probs stand for the generator: the weights of old versions are not kept.
         """
-        support = self._settings.objective.support
-        reference = None if self._reference is None else score_slices(self._reference, self._model, support, batch)
-        if version is None:
-            return batch.behaviour_log_probs, reference
-        on_policy = version == self.step and self._settings.passes_per_batch == 1
-        weights = self.state.trainable if version == self.step else self.versions[version]
-        return None if on_policy else score_slices(weights, self._model, support, batch), reference
+        s = self._settings
+        if version is None and s.proximal == "generator":
+            return batch.behaviour_log_probs
+        current = s.proximal == "current" or version == self.step
+        if current and s.passes_per_batch == 1 and not always:
+            return None
+        return score_slices(self.state.trainable if current else self.versions[version], self._model, s.loss.support, batch)
+
+    def _reference_log_probs(self, batch: TrainBatch) -> jax.Array | None:
+        reference = self.state.objective.get("reference", self._reference)
+        return None if reference is None else score_slices(reference, self._model, self._settings.loss.support, batch)
+
+    def _pay_kl(self, flat: TrainBatch, signals: Signals, *, version: int | None) -> Signals:
+        """Takes the KL of each completion, summed over its tokens, off its reward, where it is paid there."""
+        s = self._settings
+        if s.loss.objective.kl_in != "reward" or s.kl.coefficient == 0:
+            return signals
+        batch = self._on_devices(flat, s.micro_batches * s.oversample)
+        old, reference = self._old_log_probs(batch, version=version, always=True), self._reference_log_probs(batch)
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        paid = parallel.compiled(kl_penalties, everywhere, estimator=s.loss.objective.kl_estimator)(old, reference, batch)
+        beta = self._kl_coefficients()[flat.preference_ids[flat.prompt_index]]
+        return dataclasses.replace(signals, rewards=signals.rewards - beta * np.asarray(jax.device_get(paid)).reshape(-1))
+
+    def _preference_weights(self, trained: TrainBatch, diagnostics: Any) -> np.ndarray:
+        """[K] float64: what the advantages of each preference group are multiplied with."""
+        ids = trained.preference_ids[trained.prompt_index][trained.valid]
+        counts = np.bincount(ids, minlength=self._settings.num_preference_groups).astype(np.int32)
+        found = preference_weights.weights(self._settings.preference_weights, np.asarray(diagnostics.history_mean), counts)
+        return np.asarray(jax.device_get(found), np.float64)
+
+    def _kl_coefficients(self) -> np.ndarray:
+        """[K] float32; zeros where no KL is paid."""
+        zeros = np.zeros(self._settings.num_preference_groups, np.float32)
+        return np.asarray(jax.device_get(self.state.objective.get("kl_coefficients", zeros)))
+
+    def _next_objective(self, scalars: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The objective's state after the update that `self.step` counts already."""
+        kl, after = self._settings.kl, dict(self.state.objective)
+        if "kl_coefficients" in after:
+            moved = kl_control.adapted(kl, self._kl_coefficients(), scalars)
+            after |= parallel.replicate({"kl_coefficients": moved}, self._mesh)
+        if kl.refreshes(self.step):
+            after["reference"] = parallel.compiled(copied, self._params_layout, dtype=None)(self.state.trainable)
+        return after
 
     def _refuse_non_finite(self, scalars: dict[str, np.ndarray]) -> None:
         for name in ("loss", "grad_norm"):
@@ -252,42 +301,3 @@ class Learner:
 
 def _shape(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def describe(batch: TrainBatch, advantages: np.ndarray, diagnostics: Any) -> dict[str, float]:
-    """Returns the metrics of a batch that need no model: rewards, advantages and Corollary 3.1, by preference group where it counts.
-
-    Args:
-        batch: flat, on the host.
-        advantages: [N].
-        diagnostics: `advantages.Diagnostics` on the host.
-    """
-    rewards, kept = batch.rewards[batch.valid].astype(np.float64), advantages[batch.valid].astype(np.float64)
-    by_prompt = [batch.rewards[(batch.prompt_index == p) & batch.valid] for p in range(len(batch.prompts))]
-    counts = np.maximum(np.asarray(diagnostics.batch_count, np.float64), 0)
-    share = counts / max(1.0, counts.sum())
-    lengths = batch.completion_mask.sum(axis=1)[batch.valid]
-    if len(rewards) == 0:  # all dropped: there is nothing to take a mean of
-        rewards = kept = lengths = np.array([np.nan])
-    metrics = {
-        "reward": rewards.mean(),
-        "reward_std": rewards.std(),
-        "advantage_mean": kept.mean(),
-        "advantage_std": kept.std(),
-        "advantage_scale": (share * diagnostics.advantage_scale).sum(),
-        "advantage_bias": (share * diagnostics.bias).sum(),
-        "dead_prompts": np.mean([len(r) == 0 or r.max() == r.min() for r in by_prompt]),
-        "length": lengths.mean(),
-    }
-    for p in range(len(counts)):
-        prefix = f"preference_group/{p}"
-        metrics |= {
-            f"{prefix}/reward": diagnostics.batch_mean[p] if counts[p] else np.nan,
-            f"{prefix}/count": counts[p],
-            f"{prefix}/advantage_scale": diagnostics.advantage_scale[p],
-            f"{prefix}/bias": diagnostics.bias[p],
-            f"{prefix}/history_count": diagnostics.history_count[p],
-            f"{prefix}/history_mean": diagnostics.history_mean[p],
-            f"{prefix}/history_std": diagnostics.history_std[p],
-        }
-    return {name: float(value) for name, value in metrics.items()}

@@ -16,7 +16,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from pgrpo_jax.algorithms.advantages import Diagnostics, Estimator
+from pgrpo_jax.algorithms import advantages
+from pgrpo_jax.algorithms.advantages import AdvantageSettings, Diagnostics
 from pgrpo_jax.models.families import ModelConfig, parameter_shapes, sharding_faults, SHARDED_AXES
 from pgrpo_jax.structs import RewardHistory
 
@@ -223,25 +224,22 @@ def localise(weights: Any, *, model: ModelConfig, devices: Sequence[jax.Device])
 
 
 def advantage_kernel(
-    estimator: Estimator, devices: Sequence[jax.Device], *, num_prompts: int, epsilon: float, std_floor: float, min_count: int
+    settings: AdvantageSettings, devices: Sequence[jax.Device], *, num_prompts: int
 ) -> Callable[..., tuple[np.ndarray, RewardHistory, Diagnostics]]:
-    """Builds the learner's advantage kernel: an estimator, jitted and mapped over devices.
+    """Builds the learner's advantage kernel: `advantages.estimate`, jitted and mapped over devices.
 
-    The kernel is `kernel(rewards, prompt_index, preference_ids, mask, history)`, flat [B] arrays of this process's rows, from
-    the host or from devices, and the history that is the same everywhere. It pads the rows to a multiple of the local devices
-    (with mask False), so that any B works, and returns host arrays: ([B] advantages, merged history, diagnostics). Host
-    arrays, because the caller decides where state and batch live.
+    The kernel is `kernel(rewards, prompt_index, preference_ids, history_ids, staleness, mask, history)`, arrays of this process's rows,
+    [B] (rewards [B, C] with components), from the host or from devices, and the history that is the same everywhere. It pads the rows to
+    a multiple of the local devices (with mask False), so that any B works, and returns host arrays: ([B] advantages, history after the
+    batch, diagnostics). Host arrays, because the caller decides where state and batch live.
 
     With several processes every one calls the kernel with its own rows, equally many in each; `prompt_index` counts prompts
     over all of them, and all receive the same history and diagnostics.
 
     Args:
-        estimator: a value of `advantages.ESTIMATORS`.
+        settings: the estimator.
         devices: the devices of all processes, in the same order in each.
         num_prompts: P, over all processes.
-        epsilon: as in `advantages.p_grpo`, like the next two.
-        std_floor: smallest deviation of a history, reward units.
-        min_count: past rewards a history needs before it is used.
 
     Returns:
         The kernel.
@@ -252,15 +250,13 @@ def advantage_kernel(
     num_local = sum(device.process_index == jax.process_index() for device in devices)
     if num_local == 0:
         raise ValueError(f"0 of {len(devices)} devices are of process {jax.process_index()}, must be at least 1: pass jax.devices()")
-    options = {"num_prompts": num_prompts, "epsilon": epsilon, "std_floor": std_floor, "min_count": min_count}
-    mapped = pmapped(
-        functools.partial(estimator, **options, axis_name=AXIS), devices=devices, in_axes=(0, 0, 0, 0, None), out_axes=(0, None, None)
-    )
+    estimator = functools.partial(advantages.estimate, settings=settings, num_prompts=num_prompts, axis_name=AXIS)
+    mapped = pmapped(estimator, devices=devices, in_axes=(0,) * 6 + (None,), out_axes=(0, None, None))
 
-    def kernel(rewards, prompt_index, preference_ids, mask, history):
-        sharded = [_shard_rows(x, num_local) for x in (rewards, prompt_index, preference_ids, mask)]
-        advantages, merged, diagnostics = jax.device_get(mapped(*sharded, jax.device_get(history)))
-        return advantages.reshape(-1)[: len(rewards)], merged, diagnostics
+    def kernel(*arguments):
+        *rows, history = arguments
+        found, merged, diagnostics = jax.device_get(mapped(*[_shard_rows(x, num_local) for x in rows], jax.device_get(history)))
+        return found.reshape(-1)[: len(rows[0])], merged, diagnostics
 
     return kernel
 
@@ -275,15 +271,17 @@ def over_processes(kernel: Callable[..., tuple[np.ndarray, Any, Any]], num_proce
     if num_processes == 1:
         return kernel
 
-    def of_all(rewards, prompt_index, preference_ids, mask, history):
-        own = [_shard_rows(x, num_processes)[jax.process_index()] for x in (rewards, prompt_index, preference_ids, mask)]
-        advantages, merged, diagnostics = kernel(*own, history)
-        return multihost_utils.process_allgather(advantages).reshape(-1)[: len(rewards)], merged, diagnostics
+    def of_all(*arguments):
+        *rows, history = arguments
+        own = [_shard_rows(x, num_processes)[jax.process_index()] for x in rows]
+        found, merged, diagnostics = kernel(*own, history)
+        return multihost_utils.process_allgather(found).reshape(-1)[: len(rows[0])], merged, diagnostics
 
     return of_all
 
 
 def _shard_rows(values: Any, parts: int) -> np.ndarray:
-    """[B] -> [parts, ceil(B / parts)]; padding rows are 0, and False in a mask."""
+    """[B, …] -> [parts, ceil(B / parts), …]; padding rows are 0, and False in a mask."""
     rows = np.asarray(values)
-    return np.pad(rows, (0, -len(rows) % parts)).reshape(parts, -1)
+    padded = np.pad(rows, ((0, -len(rows) % parts), *[(0, 0)] * (rows.ndim - 1)))
+    return padded.reshape(parts, -1, *rows.shape[1:])

@@ -6,15 +6,16 @@
 import math
 from typing import Any, Sequence
 
-from pgrpo_jax.algorithms import presets
+from pgrpo_jax import algorithm_settings
 from pgrpo_jax.generation.engine import GenerationSettings
 from pgrpo_jax.generation.sampler import Support
+from pgrpo_jax.kl_control import KLControl
 from pgrpo_jax.learner import LearnerSettings
 from pgrpo_jax.models.families import ModelConfig
 from pgrpo_jax.models.tokenizer import Tokenizer
 from pgrpo_jax.schedule import Schedule
 from pgrpo_jax.tasks import mixture
-from pgrpo_jax.update import ObjectiveSettings, OptimiserSettings, learning_rate
+from pgrpo_jax.update import learning_rate, LossSettings, OptimiserSettings
 from pgrpo_jax.verifiers.rewards import POLICIES
 
 ENGINES = ("inline", "threads", "ray")
@@ -46,8 +47,6 @@ _AT_LEAST = {
     "actor.tp": 1,
     "ray.object_store_bytes": 0,
     "checkpoint.must_save_by": 0,
-    "algorithm.epsilon": 0,
-    "algorithm.std_floor": 0,
     "checkpoint.save_every": 1,
     "checkpoint.keep": 1,
     "rewards.num_processes": 0,
@@ -55,6 +54,7 @@ _AT_LEAST = {
     "evaluation.completions_per_prompt": 1,
     "evaluation.prompts_per_work": 1,
     "metrics.samples_every": 0,
+    "metrics.gradients_every": 0,
 }
 _ONE_OF = {"engine": ENGINES, "model.dtype": _DTYPES, "weights.dtype": _DTYPES, "rewards.on_failure": POLICIES}
 
@@ -82,8 +82,8 @@ def check(config: Any) -> None:
         for key, known in _ONE_OF.items()
         if _get(config, key) not in known
     ]
-    errors += _check_numbers(config)
-    builders = (_task_weights, schedule, preset, lambda c: learning_rate(optimiser_settings(c)), _random_model_if_any)
+    errors += _check_numbers(config) + algorithm_settings.faults(config)
+    builders = (_task_weights, schedule, lambda c: learning_rate(optimiser_settings(c)), _random_model_if_any)
     for build in builders:
         try:
             build(config)
@@ -120,9 +120,6 @@ def _check_numbers(config: Any) -> list[str]:
         (0 <= config.optimiser.b1 < 1, "optimiser.b1", config.optimiser.b1, "outside [0, 1): 0.9 is usual"),
         (0 <= config.optimiser.b2 < 1, "optimiser.b2", config.optimiser.b2, "outside [0, 1): 0.99 is usual"),
         (config.optimiser.eps > 0, "optimiser.eps", config.optimiser.eps, "not above 0: AdamW would divide by 0; 1e-8 is usual"),
-        (config.algorithm.epsilon + config.algorithm.std_floor != 0, "algorithm.epsilon + algorithm.std_floor",
-         config.algorithm.epsilon + config.algorithm.std_floor,
-         "0: a preference history of equal rewards would divide by 0; set one above 0"),
         (0 < config.rewards.timeout_secs < math.inf, "rewards.timeout_secs", config.rewards.timeout_secs,
          "not above 0: every reward would fail; 30 is usual"),
         (config.lease_secs > 0, "lease_secs", config.lease_secs,
@@ -161,19 +158,6 @@ def schedule(config: Any) -> Schedule:
     """Returns which weight version generates which step."""
     s = config.staleness
     return Schedule(reload=s.reload, accept=s.accept, lag=s.lag, policy=s.policy)
-
-
-def preset(config: Any) -> presets.Preset:
-    """Returns the algorithm, overrides applied."""
-    a = config.algorithm
-    return presets.resolve(config.preset, clip_low=a.clip_low, clip_high=a.clip_high, kl_coefficient=a.kl_coefficient)
-
-
-def advantage_options(config: Any) -> dict[str, float]:
-    """Returns the keyword arguments of `parallel.advantage_kernel`."""
-    a = config.algorithm
-    min_count = 4 * config.completions_per_prompt if a.min_count is None else a.min_count
-    return {"num_prompts": config.prompts_per_step, "epsilon": a.epsilon, "std_floor": a.std_floor, "min_count": min_count}
 
 
 def generation_settings(config: Any, tokenizer: Tokenizer) -> GenerationSettings:
@@ -219,7 +203,8 @@ def _task_weights(config: Any) -> dict[str, int]:
 
 def learner_settings(config: Any, tokenizer: Tokenizer) -> LearnerSettings:
     """Returns the learner's sizes and constants."""
-    algorithm = preset(config)
+    a, algorithm = config.algorithm, algorithm_settings
+    loss = LossSettings(objective=algorithm.objective(config), support=_support(config), num_preference_groups=num_preference_groups(config))
     return LearnerSettings(
         num_steps=config.num_steps,
         schedule=schedule(config),
@@ -228,12 +213,29 @@ def learner_settings(config: Any, tokenizer: Tokenizer) -> LearnerSettings:
         micro_batches=config.learner.micro_batches,
         passes_per_batch=config.learner.passes_per_batch,
         pad_id=tokenizer.pad_id,
-        objective=ObjectiveSettings(
-            clip_low=algorithm.clip_low, clip_high=algorithm.clip_high, kl_coefficient=algorithm.kl_coefficient, support=_support(config)
-        ),
+        loss=loss,
         optimiser=optimiser_settings(config),
         weights_dtype=config.weights.dtype,
+        curation=algorithm.curation(config),
+        oversample=algorithm.oversample(config),
+        components=tuple(algorithm.components(config)),
+        preference_weights=algorithm.preference_weights(config),
+        kl=kl_control(config),
+        proximal=a.proximal,
+        relabelled=bool(config.replay.path),
     )
+
+
+def kl_control(config: Any) -> KLControl:
+    """Returns how the KL to the reference is held."""
+    a = config.algorithm
+    coefficient = algorithm_settings.preset(config).kl_coefficient
+    return KLControl(coefficient=coefficient, target=a.kl_target, horizon=a.kl_horizon, scope=a.kl_scope, refresh=a.reference_refresh)
+
+
+def work_per_step(config: Any) -> int:
+    """Returns how many units of work one update consumes."""
+    return algorithm_settings.oversample(config) * config.prompts_per_step // config.prompts_per_work
 
 
 def random_model(config: Any, vocab_size: int) -> ModelConfig:

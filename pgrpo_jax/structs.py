@@ -160,15 +160,19 @@ class TrainBatch:
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
 class RewardHistory:
-    """Running moments of all past rewards, one row for each preference group (Welford 1962; P-GRPO, arXiv:2603.10009).
+    """Running moments of past rewards, one row for each preference group (Welford 1962; P-GRPO, arXiv:2603.10009).
+
+    Axes before K: [W] slots where the memory is a window, and before them [C] where reward components are kept apart.
 
     Attributes:
         count: [K] int32, rewards seen (float32 would stop counting at 2**24).
-        mean: [K] float, mean reward.
-        m2: [K] float, sum of squared deviations from the mean.
+        weight: [K] float, mean weight of these rewards, exactly 1 where none was discounted; count · weight is what they count for.
+        mean: [K] float, weighted mean reward.
+        m2: [K] float, weighted sum of squared deviations from the mean.
     """
 
     count: chex.Array
+    weight: chex.Array
     mean: chex.Array
     m2: chex.Array
 

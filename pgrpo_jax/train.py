@@ -63,7 +63,7 @@ class Run:
             num_steps=config.num_steps,
             first_step=learner.step,
             next_work=max(learner.next_work, earlier),  # "freshest" skips what may still be under way for a learner that was lost
-            work_per_step=config.prompts_per_step // config.prompts_per_work,
+            work_per_step=settings.work_per_step(config),
             lease_secs=config.lease_secs,
             failed_rewards=self.parts.verdicts("train"),
         )

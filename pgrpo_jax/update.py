@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from pgrpo_jax import parallel
-from pgrpo_jax.algorithms import objective
+from pgrpo_jax.algorithms import importance, objective, regularisers
+from pgrpo_jax.algorithms.objective import Objective
+from pgrpo_jax.algorithms.reward_history import segment_sum
 from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.generation.scoring import score
 from pgrpo_jax.models.transformer import Transformer
@@ -43,13 +45,18 @@ class OptimiserSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectiveSettings:
-    """Clip range, KL coefficient and sampling support of the loss; see `objective.policy_loss`."""
+class LossSettings:
+    """What the loss is made of.
 
-    clip_low: float
-    clip_high: float
-    kl_coefficient: float
+    Attributes:
+        objective: the five parts of `objective.policy_loss`.
+        support: the sampling distribution that completions were drawn from.
+        num_preference_groups: K.
+    """
+
+    objective: Objective
     support: Support
+    num_preference_groups: int
 
 
 def learning_rate(settings: OptimiserSettings) -> optax.Schedule:
@@ -90,77 +97,94 @@ def make_optimiser(settings: OptimiserSettings) -> optax.GradientTransformation:
 def loss_sums(
     params: Any,
     model: Transformer,
-    settings: ObjectiveSettings,
+    settings: LossSettings,
     batch: TrainBatch,
     advantages: chex.Array,
+    kl_coefficients: chex.Array,
     old_log_probs: chex.Array | None,
     reference_log_probs: chex.Array | None,
-) -> tuple[chex.Array, tuple[dict[str, chex.Array], chex.Array]]:
+) -> tuple[chex.Array, tuple[dict[str, chex.Array], dict[str, chex.Array]]]:
     """The objective over one slice of a batch, as sums that add up over slices.
 
     Args:
         params: the policy's parameters.
         batch: prompts [P, Tp] and completions [N, Tc].
         advantages: [N] float.
-        old_log_probs: [N, Tc], or None where the policy itself generated the batch: then pi_old is its stopped gradient.
-        reference_log_probs: [N, Tc], or None where the KL coefficient is 0.
+        kl_coefficients: [K] float, beta of each preference group.
+        old_log_probs: [N, Tc], or None where pi_old is the policy itself: then it is its stopped gradient.
+        reference_log_probs: [N, Tc], or None where no KL is paid in the loss.
 
     Returns:
-        (loss sum, (sums: scalars to add up, with `completion_count` and `token_count` to divide by, and the largest
-        |log-prob difference| to the sampler, which does not add up)).
+        (loss sum, (sums, gaps)). `sums` add up over slices: scalars, with `count` to divide the loss by and `token_count` to divide
+        the others by, and [K] sums by preference group. `gaps` are |differences of log-probs| [N, Tc], -1 where nothing is counted.
     """
     log_probs, entropies = score(model, params, batch, settings.support)
-    old = jax.lax.stop_gradient(log_probs) if old_log_probs is None else old_log_probs
+    fixed = jax.lax.stop_gradient(log_probs)
+    old = fixed if old_log_probs is None else old_log_probs
+    behaviour = batch.behaviour_log_probs.astype(log_probs.dtype)
+    preference_ids = jnp.take(batch.preference_ids, batch.prompt_index)
     loss, count, sums = objective.policy_loss(
         log_probs,
         old,
+        behaviour,
         reference_log_probs,
+        entropies,
         advantages,
+        jnp.take(kl_coefficients, preference_ids).astype(log_probs.dtype),
         batch.completion_mask,
         batch.valid,
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        kl_coefficient=settings.kl_coefficient,
+        batch.prompt_index,
+        objective=settings.objective,
+        num_prompts=batch.prompts.shape[0],
     )
-    mask = batch.completion_mask & batch.valid[:, None]
-    zero = jnp.zeros((), log_probs.dtype)
-    gap = jnp.where(mask, jnp.abs(jax.lax.stop_gradient(log_probs) - batch.behaviour_log_probs.astype(log_probs.dtype)), zero)
-    entropy = jnp.sum(jnp.where(mask, jax.lax.stop_gradient(entropies), zero))
-    sums = {"clip_fraction": sums.pop("clipped")} | sums | {"completion_count": count, "entropy": entropy, "mismatch/mean": jnp.sum(gap)}
-    return loss, (sums, jnp.max(gap))
+    counted = batch.completion_mask & batch.valid[:, None]
+
+    def by_preference(values: chex.Array) -> chex.Array:
+        of_completion = jnp.sum(jnp.where(counted, values, 0), axis=1, dtype=values.dtype)
+        return segment_sum(of_completion, preference_ids, batch.valid, settings.num_preference_groups)
+
+    sums |= {"count": count, "by_preference/token_count": by_preference(jnp.ones_like(fixed))}
+    sums |= {"by_preference/entropy": by_preference(jax.lax.stop_gradient(entropies))}
+    if reference_log_probs is not None:
+        sums |= {"by_preference/kl": by_preference(regularisers.k3(fixed, jnp.where(counted, reference_log_probs, fixed)))}
+    gaps = {"mismatch": jnp.where(counted, jnp.abs(old - behaviour), -1), "old_gap": jnp.where(counted, jnp.abs(fixed - old), -1)}
+    return loss, (sums, jax.lax.stop_gradient(gaps))
 
 
-def accumulate(params, model, settings, batch, advantages, old_log_probs, reference_log_probs):
+def accumulate(params, model, settings, batch, advantages, kl_coefficients, old_log_probs, reference_log_probs):
     """Gradient and metrics of the whole batch, slice by slice; dividing once by the count makes the slicing invisible.
 
     Args:
         batch, advantages, old_log_probs, reference_log_probs: as `loss_sums`, with a leading axis of micro-batches.
+        kl_coefficients: [K] float.
 
     Returns:
-        (gradient of the loss, the loss = loss sum / completion count, sums, largest |log-prob difference| to the sampler).
+        (gradient of the loss, the loss = loss sum / count, sums, gaps with the axis of micro-batches).
     """
     gradient = jax.value_and_grad(loss_sums, has_aux=True)
     parts = (batch, advantages, old_log_probs, reference_log_probs)
 
+    def arguments(part):
+        of_batch, of_advantages, old, reference = part
+        return params, model, settings, of_batch, of_advantages, kl_coefficients, old, reference
+
     def add(carry, part):
-        (grads, loss, sums), largest = carry
-        (new_loss, (new_sums, new_largest)), new_grads = gradient(params, model, settings, *part)
-        return (jax.tree.map(jnp.add, (grads, loss, sums), (new_grads, new_loss, new_sums)), jnp.maximum(largest, new_largest)), None
+        (new_loss, (new_sums, gaps)), new_grads = gradient(*arguments(part))
+        return jax.tree.map(jnp.add, carry, (new_grads, new_loss, new_sums)), gaps
 
     # The shapes of the forward pass tell all: tracing the gradient for them as well would double the time to trace.
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
-    shapes = jax.eval_shape(lambda part: loss_sums(params, model, settings, *part), one)
-    loss, (sums, largest) = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    start = ((jax.tree.map(jnp.zeros_like, params), loss, sums), largest)
-    ((grads, loss, sums), largest), _ = jax.lax.scan(add, start, parts)
-    count = jnp.maximum(sums["completion_count"], jnp.ones_like(sums["completion_count"]))
-    return jax.tree.map(lambda g: g / count.astype(g.dtype), grads), loss / count.astype(loss.dtype), sums, largest
+    shapes = jax.eval_shape(lambda part: loss_sums(*arguments(part)), one)
+    loss, (sums, _) = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (grads, loss, sums), gaps = jax.lax.scan(add, (jax.tree.map(jnp.zeros_like, params), loss, sums), parts)
+    count = jnp.maximum(sums["count"], jnp.ones_like(sums["count"]))
+    return jax.tree.map(lambda g: g / count.astype(g.dtype), grads), loss / count.astype(loss.dtype), sums, gaps
 
 
 def update(
     state: TrainState,
     model: Transformer,
-    settings: ObjectiveSettings,
+    settings: LossSettings,
     optimiser_settings: OptimiserSettings,
     batch: TrainBatch,
     advantages: chex.Array,
@@ -170,11 +194,13 @@ def update(
     """One optimiser step on one batch; `state` is donated, and the new one lies where it lay.
 
     Args:
-        state: training state, on its devices; `step`, `next_work` and `history` are left to the caller.
+        state: training state, on its devices; `step`, `next_work`, `history` and `objective` are left to the caller. Of `objective` the
+            loss reads "kl_coefficients" [K]; without it they are 0.
         batch: with a leading axis of micro-batches (`batching.micro_batches`), as the three arrays after it.
 
     Returns:
-        (state with new parameters and optimiser state, scalars: the loss, the gradient norm before clipping, means over tokens).
+        (state with new parameters and optimiser state, metrics: scalars, that is the loss, the gradient norm before clipping, means over
+        tokens; and "by_preference/…" [K], means over the tokens of each preference group).
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
     static = {"model": model, "settings": settings, "optimiser_settings": optimiser_settings}
@@ -183,15 +209,35 @@ def update(
 
 
 def _step(state, batch, advantages, old_log_probs, reference_log_probs, *, model, settings, optimiser_settings):
-    grads, loss, sums, largest = accumulate(state.trainable, model, settings, batch, advantages, old_log_probs, reference_log_probs)
+    kl_coefficients = state.objective.get("kl_coefficients", jnp.zeros(settings.num_preference_groups, advantages.dtype))
+    fixed = (batch, advantages, kl_coefficients, old_log_probs, reference_log_probs)
+    grads, loss, sums, gaps = accumulate(state.trainable, model, settings, *fixed)
     changes, optimiser_state = make_optimiser(optimiser_settings).update(grads, state.optimiser, state.trainable)
-    tokens = jnp.maximum(sums["token_count"], jnp.ones_like(sums["token_count"]))
-    means = {name: total / tokens.astype(total.dtype) for name, total in sums.items() if not name.endswith("_count")}
-    scalars = means | {"loss": loss, "grad_norm": optax.tree.norm(grads), "mismatch/max": largest}
-    return state.replace(trainable=optax.apply_updates(state.trainable, changes), optimiser=optimiser_state), scalars
+    means = _means(sums)
+    metrics = {"clip_fraction": means.pop("clipped")} | means | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    for name, values in gaps.items():
+        metrics |= {f"{name}/{key}": value for key, value in importance.gap_statistics(values, values >= 0).items()}
+    return state.replace(trainable=optax.apply_updates(state.trainable, changes), optimiser=optimiser_state), metrics
+
+
+def _means(sums: dict[str, chex.Array]) -> dict[str, chex.Array]:
+    """Sums over tokens, divided by the tokens: of the batch, and of each preference group (NaN where it has none)."""
+    counts = {"by_preference/": sums["by_preference/token_count"], "": sums["token_count"]}
+
+    def mean(name: str, total: chex.Array) -> chex.Array:
+        tokens = counts["by_preference/" if name.startswith("by_preference/") else ""]
+        return jnp.where(tokens > 0, total / jnp.maximum(tokens, jnp.ones_like(tokens)).astype(total.dtype), jnp.nan if tokens.ndim else 0)
+
+    return {name: mean(name, total) for name, total in sums.items() if not name.endswith("count")}
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def score_slices(params: Any, model: Transformer, support: Support, batch: TrainBatch) -> chex.Array:
     """Log-probs [M, N/M, Tc] of a sliced batch under fixed weights (the old policy, the reference), in the update's own layout."""
     return jax.lax.map(lambda part: score(model, params, part, support)[0], batch)
+
+
+def kl_penalties(old_log_probs: chex.Array, reference_log_probs: chex.Array, batch: TrainBatch, *, estimator: str) -> chex.Array:
+    """KL of each completion of a sliced batch to the reference, summed over its tokens: [M, N/M] nats."""
+    counted = batch.completion_mask & batch.valid[..., None]
+    return jax.vmap(lambda *part: regularisers.penalties(*part, estimator))(old_log_probs, reference_log_probs, counted)

@@ -1,29 +1,92 @@
-"""Floor 0: advantages of completions from their rewards: GRPO (arXiv:2402.03300) and P-GRPO (arXiv:2603.10009).
+"""Floor 0: advantages of completions from their rewards: GRPO (arXiv:2402.03300), P-GRPO (arXiv:2603.10009), and their relatives.
+
+    A_i = (R_i − baseline) / scale          baseline and scale are chosen apart (`AdvantageSettings`)
 
     GRPO          A_i = (R_i − μ_G) / (σ_G + ε)              μ_G, σ_G: the completions of the same prompt
     P-GRPO        Ã_i = (R_i − μ_p) / (max(σ_p, floor) + ε)   μ_p, σ_p: all past rewards of the user's preference group p
     Corollary 3.1 Ã_i = scale_i·A_i + bias_i
 
-One advantage a completion; the objective copies it to the completion's tokens. Deviations are population deviations.
+One advantage a completion; the objective copies it to the completion's tokens. Deviations are population deviations unless asked for.
 
-Letters: B completions on this device, P prompts, K preference groups. `axis_name` names a mapped axis (pmap, shard_map) over
-which the completions are spread, those of one prompt on any devices; `prompt_index` counts prompts over all of them. Every
-function runs the same eagerly, under jit (also on sharded inputs), shard_map and pmap, in the dtype of the rewards. Masked
+Letters: B completions on this device, P prompts, K preference groups, C reward components. `axis_name` names a mapped axis (pmap,
+shard_map) over which the completions are spread, those of one prompt on any devices; `prompt_index` counts prompts over all of them.
+Every function runs the same eagerly, under jit (also on sharded inputs), shard_map and pmap, in the dtype of the rewards. Masked
 rows may hold anything and get advantage 0; a kept row with an id out of range counts in no statistics and gets NaN from them.
 """
 
-from typing import Callable
+import dataclasses
 
 import chex
+import jax
 import jax.numpy as jnp
 
-from pgrpo_jax.algorithms import reward_history
+from pgrpo_jax.algorithms import formulas, memory, reward_history
+from pgrpo_jax.algorithms.memory import Memory
 from pgrpo_jax.structs import RewardHistory
+
+BASELINES = ("none", "cohort", "leave_one_out", "batch", "history")
+SCALES = ("none", "cohort", "batch", "history")
+TIMINGS = ("before", "after")
+COLD_STARTS = ("cohort", "zero", "pooled")
+DEVIATIONS = ("population", "sample")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageSettings:
+    """An estimator, as data. GRPO is cohort/cohort, P-GRPO history/history, Dr. GRPO cohort/none, scale-only cohort/history.
+
+    Attributes:
+        baseline: what is subtracted: "none", the mean of the prompt's completions ("cohort"), of its other completions ("leave_one_out",
+            RLOO, arXiv:2402.14740), of the batch, or of the history.
+        scale: what it is divided by: 1, or a deviation of the prompt's completions, of the batch, or of the history.
+        blend: λ in [0, 1]: the history baseline is λ·μ_G + (1−λ)·μ_p.
+        timing: is this batch compared with the history "before" it is merged (the baseline is independent of the reward) or "after".
+        cold_start: advantage while a history is cold: "cohort", GRPO's; "zero"; "pooled", against all histories together, GRPO's while
+            these are cold too.
+        min_count: effective rewards that a history needs; at least one, whatever the value.
+        epsilon: added to every deviation, reward units. At 0, equal rewards still give 0.
+        std_floor: smallest deviation of a history, reward units. Where it, epsilon and the deviation are all 0 the advantage is 0.
+        deviation: "population" or "sample" (n − 1).
+        shrinkage: rewards' worth of all histories together that each history is mixed with before it is used.
+        memory: how long the histories remember.
+        component_weights: weights of reward components that are standardised apart; () = one total.
+        staleness_half_life: updates of staleness that halve a reward's weight in the history; 0 = off.
+        staleness_limit: rewards of this staleness or more do not enter the history; 0 = off.
+    """
+
+    baseline: str = "history"
+    scale: str = "history"
+    blend: float = 0.0
+    timing: str = "before"
+    cold_start: str = "cohort"
+    min_count: float = 32.0
+    epsilon: float = 1e-6
+    std_floor: float = 1e-3
+    deviation: str = "population"
+    shrinkage: float = 0.0
+    memory: Memory = Memory()
+    component_weights: tuple[float, ...] = ()
+    staleness_half_life: float = 0.0
+    staleness_limit: int = 0
+
+    def __post_init__(self):
+        parts = {"baseline": BASELINES, "scale": SCALES, "timing": TIMINGS, "cold_start": COLD_STARTS, "deviation": DEVIATIONS}
+        for name, known in parts.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(known)}: set algorithm.{name}")
+
+    @property
+    def sample(self) -> bool:
+        """Whether deviations are sample deviations."""
+        return self.deviation == "sample"
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
 class Diagnostics:
     """What the estimators report, one row for each preference group; the same on every device.
+
+    `history_…` and `effective_count` are rows of the history: under the arms "pooled" and "placebo" those of other people. With several
+    reward components counts are those of one, and the rest are sums over components, each times its weight.
 
     Attributes:
         batch_count: [K] int32, completions of the batch.
@@ -36,6 +99,7 @@ class Diagnostics:
         history_count: [K] int32, past rewards, this batch not included.
         history_mean: [K] float, their mean μ_p; 0 without rewards.
         history_std: [K] float, their population deviation σ_p, before the floor; 0 without rewards.
+        effective_count: [K] float, rewards that the history counts for as it is used, shrinkage included.
     """
 
     batch_count: chex.Array
@@ -46,167 +110,172 @@ class Diagnostics:
     history_count: chex.Array
     history_mean: chex.Array
     history_std: chex.Array
+    effective_count: chex.Array
 
 
-def _standardise(
-    rewards: chex.Array, ids: chex.Array, mask: chex.Array, moments: RewardHistory, *, epsilon: float, std_floor: float
-) -> chex.Array:
-    """(R − mean) / (max(std, floor) + ε) by segment, [B]; 0 where the divisor is 0 and on masked rows."""
-    chex.assert_equal_shape([rewards, ids, mask])
-    chex.assert_trees_all_equal_dtypes(rewards, moments.mean, moments.m2)
-    chex.assert_type(rewards, float)
-    mean = reward_history.rows(moments.mean, ids, mask)
-    divisor = reward_history.rows(reward_history.std(moments, floor=std_floor) + epsilon, ids, mask)
-    degenerate = (divisor == 0) | ~mask
-    return jnp.where(degenerate, 0, (rewards - mean) / jnp.where(degenerate, 1, divisor))
+def estimate(
+    rewards: chex.Array, prompt_index: chex.Array, preference_ids: chex.Array, history_ids: chex.Array, staleness: chex.Array,
+    mask: chex.Array, history: RewardHistory,
+    *, settings: AdvantageSettings, num_prompts: int, axis_name: str | None = None,
+) -> tuple[chex.Array, RewardHistory, Diagnostics]:
+    """Advantages, and the history with this batch in it, once.
 
-
-def cohort(
-    rewards: chex.Array, prompt_index: chex.Array, mask: chex.Array,
-    *, num_prompts: int, epsilon: float, axis_name: str | None = None,
-) -> chex.Array:
-    """GRPO (arXiv:2402.03300, §4.1.2): rewards standardised within the completions of their prompt.
+    The history is kept whatever the estimator; where baseline and scale do not use it, it is an instrument.
 
     Args:
-        rewards: [B] float.
-        prompt_index: [B] int, the prompt of each completion, in [0, P).
+        rewards: [B] float, or [B, C] components, each standardised against its own moments and histories, then weighted and added up.
+        prompt_index: [B] int, in [0, P).
+        preference_ids: [B] int, the preference group of each completion's user, in [0, K); only the diagnostics are by it.
+        history_ids: [B] int, the row of the history that each completion is compared with and goes to; P-GRPO's are the preference ids.
+        staleness: [B] int, updates since the weights that generated the completion.
         mask: [B] bool, False on rows that only pad.
+        history: of `memory.init`, same dtype as the rewards; the same on every device.
+        settings: the estimator.
         num_prompts: P, over all devices.
-        epsilon: added to the deviation, reward units. At 0, equal rewards still give 0.
         axis_name: mapped axis the completions are spread over, or None.
 
     Returns:
-        [B] advantages; exactly 0 where all completions of a prompt earn the same, and on masked rows.
+        ([B] advantages, 0 on masked rows; the history after the batch; `Diagnostics`), the last two the same on every device.
     """
-    moments = reward_history.batch_moments(rewards, prompt_index, mask, num_prompts, axis_name=axis_name)
-    return _standardise(rewards, prompt_index, mask, moments, epsilon=epsilon, std_floor=0.0)
+    chex.assert_equal_shape([prompt_index, preference_ids, history_ids, staleness, mask])
+    chex.assert_trees_all_equal_dtypes(rewards, history.weight, history.mean, history.m2)
+
+    def of_component(values: chex.Array, past: RewardHistory) -> tuple[chex.Array, RewardHistory, Diagnostics]:
+        rows = _Rows(prompt_index, preference_ids, history_ids, staleness, mask, num_prompts, axis_name)
+        return _estimate(values, past, rows, settings)
+
+    if rewards.ndim == 1:
+        return of_component(rewards, history)
+    chex.assert_shape(rewards, (None, len(settings.component_weights)))
+    advantages, merged, diagnostics = jax.vmap(of_component, in_axes=(1, 0))(rewards, history)
+    weights = jnp.asarray(settings.component_weights, rewards.dtype)
+
+    def joined(values: chex.Array) -> chex.Array:
+        return values[0] if jnp.issubdtype(values.dtype, jnp.integer) else jnp.tensordot(weights, values, axes=1)
+
+    return joined(advantages), merged, jax.tree.map(joined, diagnostics).replace(effective_count=diagnostics.effective_count[0])
 
 
-def preference_history(
-    rewards: chex.Array, preference_ids: chex.Array, mask: chex.Array, history: RewardHistory, *, epsilon: float, std_floor: float
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """What is known of each completion beside its reward, and the axis it is spread over."""
+
+    prompt_index: chex.Array
+    preference_ids: chex.Array
+    history_ids: chex.Array
+    staleness: chex.Array
+    mask: chex.Array
+    num_prompts: int
+    axis_name: str | None
+
+    def moments(self, rewards: chex.Array, ids: chex.Array, size: int, weights: chex.Array | None = None) -> RewardHistory:
+        return reward_history.batch_moments(rewards, ids, self.mask, size, weights=weights, axis_name=self.axis_name)
+
+    def spread(self, values: chex.Array, ids: chex.Array) -> chex.Array:
+        return reward_history.rows(values, ids, self.mask)
+
+
+def _estimate(
+    rewards: chex.Array, history: RewardHistory, rows: _Rows, settings: AdvantageSettings
+) -> tuple[chex.Array, RewardHistory, Diagnostics]:
+    """`estimate` for one component."""
+    past = memory.read(settings.memory, history)
+    num_rows = past.count.shape[0]
+    prompts = rows.moments(rewards, rows.prompt_index, rows.num_prompts)
+    arrived = rows.moments(rewards, rows.history_ids, num_rows, _history_weights(rows.staleness, rewards.dtype, settings))
+    merged = memory.absorb(settings.memory, history, arrived)
+    used = past if settings.timing == "before" else memory.read(settings.memory, merged)
+    everyone = reward_history.pooled(used)
+    if settings.shrinkage:
+        used = _shrunk(used, everyone, settings.shrinkage)
+    advantages = _advantages(rewards, prompts, used, everyone, rows, settings)
+    return advantages, merged, _diagnose(rewards, prompts, past, used, rows, settings)
+
+
+def _history_weights(staleness: chex.Array, dtype: jnp.dtype, settings: AdvantageSettings) -> chex.Array | None:
+    """[B]: what each reward counts for in the history; None where all count alike."""
+    if not settings.staleness_half_life and not settings.staleness_limit:
+        return None
+    age = staleness.astype(dtype)
+    weights = jnp.exp2(-age / settings.staleness_half_life) if settings.staleness_half_life else jnp.ones_like(age)
+    return jnp.where(staleness >= settings.staleness_limit, 0, weights) if settings.staleness_limit else weights
+
+
+def _shrunk(used: RewardHistory, everyone: RewardHistory, pseudo_rewards: float) -> RewardHistory:
+    """Each history with `pseudo_rewards` rewards distributed like all histories together; as they are where there is none at all."""
+    known = reward_history.effective_count(everyone)
+    share = jnp.where(known > 0, pseudo_rewards / jnp.where(known > 0, known, 1), 0)
+    prior = everyone.replace(weight=everyone.weight * share, m2=everyone.m2 * share)
+    spread = jax.tree.map(lambda x: jnp.broadcast_to(x, used.mean.shape), prior)
+    mixed = reward_history.merge(used, spread)
+    return jax.tree.map(lambda new, old: jnp.where(known > 0, new, old), mixed, used)
+
+
+def _warm(history: RewardHistory, settings: AdvantageSettings) -> chex.Array:
+    """[S] bool: enough past rewards to stand on; never without any."""
+    return reward_history.effective_count(history) >= max(settings.min_count, 1)
+
+
+def _advantages(
+    rewards: chex.Array, prompts: RewardHistory, used: RewardHistory, everyone: RewardHistory, rows: _Rows, settings: AdvantageSettings
 ) -> chex.Array:
-    """P-GRPO (arXiv:2603.10009): rewards standardised against the past rewards of their preference group.
-
-    Args:
-        rewards: [B] float.
-        preference_ids: [B] int, the preference group of each completion's user, in [0, K).
-        mask: [B] bool, False on rows that only pad.
-        history: moments with K rows, same dtype as the rewards; mean and deviation are 0 where there is no reward yet.
-        epsilon: added to the deviation, reward units.
-        std_floor: smallest deviation, reward units. Where it, epsilon and the deviation are all 0 the advantage is 0.
-
-    Returns:
-        [B] advantages; 0 on masked rows.
-    """
-    return _standardise(rewards, preference_ids, mask, history, epsilon=epsilon, std_floor=std_floor)
+    """[B]: the estimator, and what stands for it where a history is cold."""
+    advantages = _compare(rewards, prompts, used, rows.history_ids, rows, settings)
+    if "history" not in (settings.baseline, settings.scale):
+        return advantages
+    if settings.cold_start == "zero":
+        instead = jnp.zeros_like(rewards)
+    else:
+        instead = formulas.standardise(rewards, rows.prompt_index, rows.mask, prompts, epsilon=settings.epsilon, std_floor=0.0, sample=settings.sample)
+    if settings.cold_start == "pooled":
+        first = jnp.zeros_like(rows.history_ids)
+        instead = jnp.where(_warm(everyone, settings), _compare(rewards, prompts, everyone, first, rows, settings), instead)
+    return jnp.where(rows.spread(_warm(used, settings), rows.history_ids), advantages, instead)
 
 
-def corollary(
-    prompt_index: chex.Array, preference_ids: chex.Array, mask: chex.Array, prompts: RewardHistory, history: RewardHistory,
-    *, epsilon: float, std_floor: float,
-) -> tuple[chex.Array, chex.Array]:
-    """Corollary 3.1 (arXiv:2603.10009): what turns GRPO's advantage into P-GRPO's, Ã = scale·A + bias.
-
-    At ε = 0, scale = σ_G/σ_p and bias = (μ_G − μ_p)/σ_p. Here both deviations are the divisors as used, ε and
-    floor included, so that the identity is exact at any ε. Where a divisor is 0 the term is 0.
-
-    Args:
-        prompt_index: [B] int, in [0, P).
-        preference_ids: [B] int, in [0, K).
-        mask: [B] bool, False on rows that only pad.
-        prompts: moments of the completions of each prompt, P rows.
-        history: moments of the past rewards of each preference group, K rows.
-        epsilon: as in `cohort` and `preference_history`.
-        std_floor: as in `preference_history`.
-
-    Returns:
-        ([B] scale, [B] bias), 0 on masked rows.
-    """
-    mean = reward_history.rows(prompts.mean, prompt_index, mask)
-    # The bias term is the P-GRPO advantage of a completion that earns the mean reward of its prompt.
-    bias = preference_history(mean, preference_ids, mask, history, epsilon=epsilon, std_floor=std_floor)
-    numerator = reward_history.rows(reward_history.std(prompts) + epsilon, prompt_index, mask)
-    divisor = reward_history.rows(reward_history.std(history, floor=std_floor) + epsilon, preference_ids, mask)
-    scale = jnp.where(divisor == 0, 0, numerator / jnp.where(divisor == 0, 1, divisor))
-    return scale, bias
+def _compare(
+    rewards: chex.Array, prompts: RewardHistory, past: RewardHistory, ids: chex.Array, rows: _Rows, settings: AdvantageSettings
+) -> chex.Array:
+    """(R − baseline) / scale, [B], the history in use being row `ids` of `past`; 0 where the divisor is 0 and on masked rows."""
+    everything = jnp.zeros_like(rows.prompt_index)
+    batch = rows.moments(rewards, everything, 1) if "batch" in (settings.baseline, settings.scale) else prompts
+    own = rows.spread(prompts.mean, rows.prompt_index)
+    if settings.baseline == "history":
+        baseline = rows.spread(past.mean, ids)
+        if settings.blend:
+            baseline = settings.blend * own + (1 - settings.blend) * baseline
+    else:
+        baseline = {"none": jnp.zeros_like(own), "batch": rows.spread(batch.mean, everything)}.get(settings.baseline, own)
+    difference = rewards - baseline
+    if settings.baseline == "leave_one_out":  # R − (Σ − R)/(n − 1) = (R − mean)·n/(n − 1); a single completion has nothing beside it
+        count = rows.spread(prompts.count.astype(rewards.dtype), rows.prompt_index)
+        difference = difference * jnp.where(count > 1, count / jnp.where(count > 1, count - 1, 1), 0)
+    floors = {"cohort": (prompts, 0.0, rows.prompt_index), "batch": (batch, 0.0, everything), "history": (past, settings.std_floor, ids)}
+    if settings.scale == "none":
+        return jnp.where(rows.mask, difference, 0)
+    moments, floor, where = floors[settings.scale]
+    divisor = rows.spread(reward_history.std(moments, floor=floor, sample=settings.sample) + settings.epsilon, where)
+    degenerate = (divisor == 0) | ~rows.mask
+    return jnp.where(degenerate, 0, difference / jnp.where(degenerate, 1, divisor))
 
 
-def grpo(
-    rewards: chex.Array, prompt_index: chex.Array, preference_ids: chex.Array, mask: chex.Array, history: RewardHistory,
-    *, num_prompts: int, epsilon: float, std_floor: float, min_count: int, axis_name: str | None = None,
-) -> tuple[chex.Array, RewardHistory, Diagnostics]:
-    """GRPO's advantages (arXiv:2402.03300); the history is kept as an instrument only.
-
-    Args, Returns: as `p_grpo`; here `std_floor` and `min_count` touch only the diagnostics.
-    """
-    own, _, merged, diagnostics = _both(
-        rewards, prompt_index, preference_ids, mask, history,
-        num_prompts=num_prompts, epsilon=epsilon, std_floor=std_floor, min_count=min_count, axis_name=axis_name,
-    )
-    return own, merged, diagnostics
-
-
-def p_grpo(
-    rewards: chex.Array, prompt_index: chex.Array, preference_ids: chex.Array, mask: chex.Array, history: RewardHistory,
-    *, num_prompts: int, epsilon: float, std_floor: float, min_count: int, axis_name: str | None = None,
-) -> tuple[chex.Array, RewardHistory, Diagnostics]:
-    """P-GRPO's advantages (arXiv:2603.10009), GRPO's while the history is cold, and the history with this batch merged once.
-
-    The baseline is the history *before* the batch, hence independent of the rewards it is subtracted from. A preference
-    group is cold while it has fewer than `min_count` past rewards.
-
-    Args:
-        rewards: [B] float.
-        prompt_index: [B] int, in [0, P).
-        preference_ids: [B] int, the preference group of each completion's user, in [0, K).
-        mask: [B] bool, False on rows that only pad.
-        history: moments of all past rewards, K rows, same dtype as the rewards; the same on every device.
-        num_prompts: P, over all devices.
-        epsilon: added to every deviation, reward units.
-        std_floor: smallest deviation of a history, reward units.
-        min_count: past rewards a history needs before it is used; at least one, whatever the value.
-        axis_name: mapped axis the completions are spread over, or None.
-
-    Returns:
-        ([B] advantages, 0 on masked rows; the merged history; `Diagnostics`), the last two the same on every device.
-    """
-    own, against_history, merged, diagnostics = _both(
-        rewards, prompt_index, preference_ids, mask, history,
-        num_prompts=num_prompts, epsilon=epsilon, std_floor=std_floor, min_count=min_count, axis_name=axis_name,
-    )
-    warm = reward_history.rows(_warm(history, min_count), preference_ids, mask)
-    return jnp.where(warm, against_history, own), merged, diagnostics
-
-
-def _warm(history: RewardHistory, min_count: int) -> chex.Array:
-    """[K] bool: enough past rewards to stand on; never without any."""
-    return history.count >= max(min_count, 1)
-
-
-def _both(
-    rewards: chex.Array, prompt_index: chex.Array, preference_ids: chex.Array, mask: chex.Array, history: RewardHistory,
-    *, num_prompts: int, epsilon: float, std_floor: float, min_count: int, axis_name: str | None,
-) -> tuple[chex.Array, chex.Array, RewardHistory, Diagnostics]:
-    """Both advantages of every completion, the merged history and the diagnostics."""
-    chex.assert_equal_shape([rewards, prompt_index, preference_ids, mask])
-    chex.assert_trees_all_equal_dtypes(rewards, history.mean, history.m2)
-    num_preference_groups = history.count.shape[0]
-    prompts = reward_history.batch_moments(rewards, prompt_index, mask, num_prompts, axis_name=axis_name)
-    batch = reward_history.batch_moments(rewards, preference_ids, mask, num_preference_groups, axis_name=axis_name)
-    terms = corollary(prompt_index, preference_ids, mask, prompts, history, epsilon=epsilon, std_floor=std_floor)
+def _diagnose(
+    rewards: chex.Array, prompts: RewardHistory, past: RewardHistory, used: RewardHistory, rows: _Rows, settings: AdvantageSettings
+) -> Diagnostics:
+    num_preference_groups = past.count.shape[0]
+    batch = rows.moments(rewards, rows.preference_ids, num_preference_groups)
+    options = {"epsilon": settings.epsilon, "std_floor": settings.std_floor, "sample": settings.sample}
+    terms = formulas.corollary(rows.prompt_index, rows.history_ids, rows.mask, prompts, used, **options)
+    warm = rows.spread(_warm(used, settings), rows.history_ids)
     # Sums first, division after: the completions of a preference group lie on several devices.
-    sums = [reward_history.segment_sum(t, preference_ids, mask, num_preference_groups, axis_name=axis_name) for t in terms]
+    sums = [
+        reward_history.segment_sum(jnp.where(warm, t, 0), rows.preference_ids, rows.mask, num_preference_groups, axis_name=rows.axis_name)
+        for t in terms
+    ]
     divisor = jnp.maximum(batch.count, 1).astype(rewards.dtype)
-    scale, bias = [jnp.where(_warm(history, min_count), total / divisor, 0) for total in sums]
-    diagnostics = Diagnostics(
+    return Diagnostics(
         batch_count=batch.count, batch_mean=batch.mean, batch_std=reward_history.std(batch),
-        advantage_scale=scale, bias=bias,
-        history_count=history.count, history_mean=history.mean, history_std=reward_history.std(history),
+        advantage_scale=sums[0] / divisor, bias=sums[1] / divisor,
+        history_count=past.count, history_mean=past.mean, history_std=reward_history.std(past),
+        effective_count=reward_history.effective_count(used),
     )
-    own = _standardise(rewards, prompt_index, mask, prompts, epsilon=epsilon, std_floor=0.0)
-    against_history = preference_history(rewards, preference_ids, mask, history, epsilon=epsilon, std_floor=std_floor)
-    return own, against_history, reward_history.merge(history, batch), diagnostics
-
-
-Estimator = Callable[..., tuple[chex.Array, RewardHistory, Diagnostics]]
-ESTIMATORS: dict[str, Estimator] = {"grpo": grpo, "p_grpo": p_grpo}

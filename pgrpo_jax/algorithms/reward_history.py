@@ -3,7 +3,8 @@
 A segment is a preference group when the rows are labelled by `preference_ids`, and the completions of a prompt when they are
 labelled by `prompt_index`: the same arithmetic serves both. Moments are (count, mean, m2), m2 the sum of squared deviations
 from the mean (Welford 1962), and two of them merge pairwise (Chan, Golub & LeVeque 1983), so that neither the order of the
-batches nor their split over devices matters beyond rounding. Everything follows the dtype of the rewards.
+batches nor their split over devices matters beyond rounding; what was merged can be taken out again. Rewards may weigh less than 1:
+`effective_count` is what they count for. Everything follows the dtype of the rewards.
 
 Letters: B rows, S segments, K preference groups. `axis_name` names a mapped axis (pmap, shard_map) whose devices each hold
 some of the rows; with it, results cover the rows of all devices and are equal on each.
@@ -26,7 +27,7 @@ def init(num_preference_groups: int, dtype: jnp.dtype = jnp.float32) -> RewardHi
         dtype: floating dtype of the rewards that will be merged.
 
     Returns:
-        `RewardHistory` of zeros: count [K] int32, mean and m2 [K] `dtype`.
+        `RewardHistory` of zeros, of weight 1: count [K] int32, the others [K] `dtype`.
 
     Raises:
         ValueError: where K is below 1.
@@ -35,6 +36,7 @@ def init(num_preference_groups: int, dtype: jnp.dtype = jnp.float32) -> RewardHi
         raise ValueError(f"num_preference_groups is {num_preference_groups}, must be at least 1: set task.num_preference_groups")
     return RewardHistory(
         count=jnp.zeros(num_preference_groups, jnp.int32),
+        weight=jnp.ones(num_preference_groups, dtype),
         mean=jnp.zeros(num_preference_groups, dtype),
         m2=jnp.zeros(num_preference_groups, dtype),
     )
@@ -90,7 +92,8 @@ def rows(values: chex.Array, ids: chex.Array, mask: chex.Array) -> chex.Array:
 
 
 def batch_moments(
-    rewards: chex.Array, ids: chex.Array, mask: chex.Array, num_segments: int, *, axis_name: str | None = None
+    rewards: chex.Array, ids: chex.Array, mask: chex.Array, num_segments: int,
+    *, weights: chex.Array | None = None, axis_name: str | None = None,
 ) -> RewardHistory:
     """Moments of the rewards of each segment.
 
@@ -102,24 +105,37 @@ def batch_moments(
         ids: [B] int, the segment of each row; rows outside [0, S) count nowhere.
         mask: [B] bool, False on rows that do not count.
         num_segments: S.
+        weights: [B] float in [0, 1], what each reward counts for; None = 1. A row of weight 0 counts nowhere, as if masked.
         axis_name: mapped axis whose devices share the segments, or None.
 
     Returns:
-        `RewardHistory` with S rows: count int32, mean and m2 in the dtype of the rewards; zeros for a segment without rows.
+        `RewardHistory` with S rows: count int32, the others in the dtype of the rewards; zeros, of weight 1, for a segment without rows.
     """
     chex.assert_rank([rewards, ids, mask], 1)
     chex.assert_type(rewards, float)
+    if weights is not None:
+        mask = mask & (weights > 0)
 
     def total(values: chex.Array) -> chex.Array:
         return segment_sum(values, ids, mask, num_segments, axis_name=axis_name)
 
+    def weighted(values: chex.Array) -> chex.Array:
+        return values if weights is None else values * weights
+
     count = total(jnp.ones_like(ids, dtype=jnp.int32))
-    divisor = jnp.maximum(count, 1).astype(rewards.dtype)
-    offset = total(rewards) / divisor
+    rewards_seen = jnp.maximum(count, 1).astype(rewards.dtype)
+    weight = jnp.ones_like(rewards_seen) if weights is None else jnp.where(count > 0, total(weights) / rewards_seen, 1)
+    divisor = rewards_seen * weight
+    offset = total(weighted(rewards)) / divisor
     residual = rewards - rows(offset, ids, mask)
-    correction = total(residual) / divisor
+    correction = total(weighted(residual)) / divisor
     deviation = residual - rows(correction, ids, mask)
-    return RewardHistory(count=count, mean=offset + correction, m2=total(deviation * deviation))
+    return RewardHistory(count=count, weight=weight, mean=offset + correction, m2=total(weighted(deviation * deviation)))
+
+
+def effective_count(history: RewardHistory) -> chex.Array:
+    """Returns [S] float, what the rewards of each segment count for: their number times their mean weight."""
+    return history.count.astype(history.mean.dtype) * history.weight
 
 
 def merge(a: RewardHistory, b: RewardHistory) -> RewardHistory:
@@ -136,30 +152,100 @@ def merge(a: RewardHistory, b: RewardHistory) -> RewardHistory:
         `RewardHistory` with S rows. Counts stop at 2**31 − 1 instead of wrapping around.
     """
     chex.assert_trees_all_equal_shapes_and_dtypes(a, b)
-    chex.assert_type([a.count, a.mean, a.m2], [jnp.int32, float, float])
+    chex.assert_type([a.count, a.weight, a.mean, a.m2], [jnp.int32, float, float, float])
     added = jnp.minimum(b.count, _MAX_COUNT - a.count)
     count = a.count + added
     # The products n_a·n_b overflow int32 long before the counts do: weights are floats.
-    weight_a, weight_b = a.count.astype(a.mean.dtype), b.count.astype(a.mean.dtype)
-    fraction_b = weight_b / jnp.maximum(weight_a + weight_b, 1)
+    weight_a, weight_b = effective_count(a), effective_count(b)
+    fraction_b = weight_b / jnp.where(weight_a + weight_b > 0, weight_a + weight_b, 1)
     both = (a.count > 0) & (b.count > 0)
     delta = jnp.where(both, b.mean - a.mean, 0)
+    # Of the mean weights by their difference, so that 1 and 1 are exactly 1 however many rewards there are.
+    share_b = added.astype(a.mean.dtype) / jnp.maximum(count, 1).astype(a.mean.dtype)
     return RewardHistory(
         count=count,
+        weight=jnp.where(a.count > 0, a.weight + jnp.where(both, b.weight - a.weight, 0) * share_b, b.weight),
         mean=jnp.where(a.count > 0, a.mean + delta * fraction_b, b.mean),
         m2=a.m2 + b.m2 + delta * delta * weight_a * fraction_b,
     )
 
 
-def std(history: RewardHistory, *, floor: float = 0.0) -> chex.Array:
-    """Population standard deviation, sqrt(m2 / count), not below the floor.
+def remove(history: RewardHistory, part: RewardHistory) -> RewardHistory:
+    """Takes a part out of a history that it was merged into, as if it had never been seen (Welford's update run backwards).
+
+    Exact but for rounding: to remove a part whose mean lies far from the rest's loses the digits that its removal cancels, and m2 is
+    held at 0 from below. Removing everything leaves an empty history, to the bit.
+
+    Args:
+        history: moments with S rows, on the host; only what no memory has discounted since can be taken out.
+        part: moments with S rows, the same rewards with the same weights as when they were merged.
+
+    Returns:
+        `RewardHistory` with S rows.
+
+    Raises:
+        ValueError: the part has more rewards than the history.
+    """
+    chex.assert_trees_all_equal_shapes_and_dtypes(history, part)
+    for row in range(history.count.shape[0]):
+        if part.count[row] > history.count[row]:
+            raise ValueError(
+                f"row {row} has {history.count[row]} rewards, {part.count[row]} can not be taken out of it: "
+                "give the rewards that were merged into this history"
+            )
+    count = history.count - part.count
+    whole, gone = effective_count(history), effective_count(part)
+    rest = whole - gone
+    empty = count == 0
+    divisor = jnp.where(empty | (rest <= 0), 1, rest)
+    mean = history.mean - (part.mean - history.mean) * gone / divisor
+    delta = part.mean - mean
+    m2 = history.m2 - part.m2 - delta * delta * rest * gone / jnp.where(whole > 0, whole, 1)
+    touched = part.count > 0
+    weight = rest / jnp.maximum(count, 1).astype(rest.dtype)
+    return RewardHistory(
+        count=count,
+        weight=jnp.where(empty, 1, jnp.where(touched & (history.weight != part.weight), weight, history.weight)),
+        mean=jnp.where(empty, 0, jnp.where(touched, mean, history.mean)),
+        m2=jnp.where(empty, 0, jnp.where(touched, jnp.maximum(m2, 0), history.m2)),
+    )
+
+
+def affine(history: RewardHistory, scale: chex.Array, offset: chex.Array) -> RewardHistory:
+    """Moments of scale · R + offset: a reward that is redefined does not cost its history.
+
+    Args:
+        history: moments with S rows.
+        scale: scalar or [S] float.
+        offset: scalar or [S] float, reward units.
+    """
+    return history.replace(mean=history.mean * scale + offset, m2=history.m2 * scale * scale)
+
+
+def pooled(history: RewardHistory) -> RewardHistory:
+    """Moments of all segments together, [1] row, merged in their order."""
+    def add(total: RewardHistory, row: RewardHistory) -> tuple[RewardHistory, None]:
+        return merge(total, row), None
+
+    rows_apart = jax.tree.map(lambda x: x[:, None], history)
+    empty = jax.tree.map(jnp.zeros_like, jax.tree.map(lambda x: x[0], rows_apart))
+    return jax.lax.scan(add, empty.replace(weight=jnp.ones_like(empty.weight)), rows_apart)[0]
+
+
+def std(history: RewardHistory, *, floor: float = 0.0, sample: bool = False) -> chex.Array:
+    """Standard deviation, sqrt(m2 / n), not below the floor; n is the effective count.
 
     Args:
         history: moments with S rows.
         floor: smallest deviation returned, reward units.
+        sample: divide by n − 1 instead (0 where n is at most 1).
 
     Returns:
         [S] float; the floor where there is no reward.
     """
-    divisor = jnp.maximum(history.count, 1).astype(history.m2.dtype)
-    return jnp.maximum(jnp.sqrt(history.m2 / divisor), floor)
+    count = effective_count(history)
+    if sample:
+        deviation = jnp.where(count > 1, jnp.sqrt(history.m2 / jnp.where(count > 1, count - 1, 1)), 0)
+    else:
+        deviation = jnp.sqrt(history.m2 / jnp.where(count > 0, count, 1))
+    return jnp.maximum(deviation, floor)

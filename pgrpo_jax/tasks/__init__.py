@@ -1,7 +1,8 @@
 """Tasks: where prompts come from, and what an answer is worth.
 
-`TASKS[name](data_dir, seed=…, num_preference_groups=…)` loads one. `JUDGES[name]`, called alike, loads only what `reward` needs: reward
-processes hold no prompts.
+`TASKS[name](data_dir, seed=…, num_preference_groups=…, preference_groups=…)` loads one. `JUDGES[name]`, called alike, loads only what
+`reward` needs: reward processes hold no prompts. `RULES[name]` are the rules by which the task can assign users to preference groups, its
+default first.
 """
 
 from typing import Callable, Mapping, Protocol, Sequence
@@ -54,3 +55,4 @@ class Task(Protocol):
 
 TASKS: Mapping[str, Callable[..., Task]] = {"movielens": movielens.load, "letters": letters.load}
 JUDGES: Mapping[str, Callable[..., Task]] = {"movielens": movielens.load_judge, "letters": letters.load}
+RULES: Mapping[str, tuple[str, ...]] = {"movielens": movielens.RULES, "letters": letters.RULES}

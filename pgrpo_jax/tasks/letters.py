@@ -10,6 +10,10 @@ Rewards are distributed differently in each preference group, as P-GRPO expects 
     offset_p + scale_p * share,   scale_p = 1 / (1 + p),   offset_p = (1 - scale_p) / 2,
 so the later ones move within a narrow band around 1/2; an empty answer earns 0 everywhere. Sizes differ as well: of about 512
 training and 128 test users preference group p has the share (K - p) / (1 + 2 + ... + K), and at least one user.
+
+All this is the rule "persona", under which preference group and persona (what a user likes, and how his rewards are distributed) are one.
+Under the rule "user" there are min(K, 4) personas, and a user's preference group is the row that his pseudonym hashes to
+(`assignments.by_user`): a policy that is shown what he likes is trained against a history that knows him, or few others, by name.
 """
 
 import dataclasses
@@ -19,8 +23,11 @@ from typing import ClassVar, Mapping, Sequence
 import numpy as np
 
 from pgrpo_jax.structs import Prompt, Reward
+from pgrpo_jax.tasks import assignments
 from pgrpo_jax.tasks import streams
 
+NAME = "letters"
+RULES = ("persona", "user")
 NUM_USERS = {"train": 512, "test": 128}
 PROMPTS_PER_USER = {"train": 4, "test": 1}
 LETTERS_SHOWN = 3
@@ -37,12 +44,14 @@ class Letters:
         preference_group_names: K descriptions such as "likes aeimquy".
         seed: of the run.
         split_prompts: the different prompts of each split.
+        num_personas: users of how many tastes there are; K under the rule "persona".
     """
 
     num_preference_groups: int
     preference_group_names: tuple[str, ...]
     seed: int
     split_prompts: Mapping[str, tuple[Prompt, ...]]
+    num_personas: int
     reward_components: ClassVar[tuple[str, ...]] = ("answered", "share")
 
     def num_prompts(self, split: str) -> int:
@@ -78,15 +87,16 @@ class Letters:
             answer: any text; white space is ignored, every other character counts.
 
         Returns:
-            total: offset + scale * share of the prompt's preference group, 0 for an empty answer; components: "answered"
+            total: offset + scale * share of the user's persona, 0 for an empty answer; components: "answered"
             (1.0 unless the answer is empty) and "share" (of the characters that the user likes).
         """
         characters = "".join(answer.split())
         if not characters:
             return Reward(total=0.0, components={"answered": 0.0, "share": 0.0})
-        favourites = favourite_characters(prompt.preference_id, num_preference_groups=self.num_preference_groups)
+        persona = persona_of(prompt, num_personas=self.num_personas)
+        favourites = favourite_characters(persona, num_preference_groups=self.num_personas)
         share = sum(character in favourites for character in characters) / len(characters)
-        return Reward(total=_total(prompt.preference_id, share), components={"answered": 1.0, "share": share})
+        return Reward(total=_total(persona, share), components={"answered": 1.0, "share": share})
 
     def choice(self, prompt: Prompt, answer: str) -> None:
         """Returns None: the prompt lists no candidates."""
@@ -100,50 +110,71 @@ class Letters:
 
         Returns:
             "random": [P] float64, expected reward of uniformly random printable characters; "popular": [P] float64, reward of
-            an answer made of the letters that the largest preference group likes.
+            an answer made of the letters that the commonest persona likes.
         """
-        favourites = [favourite_characters(p, num_preference_groups=self.num_preference_groups) for p in range(self.num_preference_groups)]
-        random = [_total(prompt.preference_id, len(favourites[prompt.preference_id]) / len(PRINTABLE)) for prompt in prompts]
+        favourites = [favourite_characters(p, num_preference_groups=self.num_personas) for p in range(self.num_personas)]
+        personas = [persona_of(prompt, num_personas=self.num_personas) for prompt in prompts]
+        random = [_total(persona, len(favourites[persona]) / len(PRINTABLE)) for persona in personas]
         popular = [self.reward(prompt, "".join(sorted(favourites[0]))).total for prompt in prompts]
         return {"random": np.array(random, np.float64), "popular": np.array(popular, np.float64)}
 
 
-def load(data_dir: str, *, seed: int, num_preference_groups: int) -> Letters:
+def load(data_dir: str, *, seed: int, num_preference_groups: int, preference_groups: str = "") -> Letters:
     """Makes the task.
 
     Args:
         data_dir: ignored; the task needs no files.
         seed: of the run: users, prompts and their order.
-        num_preference_groups: K, in [1, 26].
+        num_preference_groups: K, in [1, 26]; under the rule "user" at least 1.
+        preference_groups: one of RULES; "" is the first.
 
     Returns:
         The task.
 
     Raises:
-        ValueError: the seed or K is outside its range.
+        ValueError: the seed, K or the rule is outside its range.
     """
     del data_dir
     streams.check_seed(seed)
-    if not 1 <= num_preference_groups <= len(string.ascii_lowercase):
+    rule = assignments.check_rule(preference_groups, task=NAME, offered=RULES)
+    num_personas = min(num_preference_groups, MIN_CLASSES) if rule == "user" else num_preference_groups
+    if not 1 <= num_personas <= len(string.ascii_lowercase):
         raise ValueError(
             f"num_preference_groups is {num_preference_groups}, outside [1, {len(string.ascii_lowercase)}] (one letter each at least): "
             "set task.num_preference_groups within it"
         )
-    preference_ids = {split: _preference_ids(split, seed, num_preference_groups) for split in NUM_USERS}
-    first_user = {"train": 0, "test": len(preference_ids["train"])}
+    personas = {split: _personas(split, seed, num_personas) for split in NUM_USERS}
+    first_user = {"train": 0, "test": len(personas["train"])}
+    user_ids = [assignments.pseudonym(NAME, str(user)) for user in range(sum(map(len, personas.values())))]
+    if rule == "user":
+        preference_ids, names = assignments.by_user(user_ids, num_preference_groups)
+    else:
+        preference_ids = np.concatenate([personas["train"], personas["test"]])
+        names = tuple("likes " + _liked_letters(p, num_personas) for p in range(num_personas))
     return Letters(
         num_preference_groups=num_preference_groups,
-        preference_group_names=tuple("likes " + _liked_letters(p, num_preference_groups) for p in range(num_preference_groups)),
+        preference_group_names=names,
         seed=seed,
         split_prompts={
             split: tuple(
-                _prompt(split, first_user[split] + user, number, int(preference_id), seed, num_preference_groups)
-                for user, preference_id in enumerate(preference_ids[split])
+                _prompt(split, user, number, int(persona), seed, num_personas, preference_id=int(preference_ids[user]), user_id=user_ids[user])
+                for user, persona in enumerate(personas[split], start=first_user[split])
                 for number in range(PROMPTS_PER_USER[split])
             )
             for split in NUM_USERS
         },
+        num_personas=num_personas,
     )
+
+
+def persona_of(prompt: Prompt, *, num_personas: int) -> int:
+    """Returns what persona a prompt's user is: that of the letters shown, which is his preference group only under the rule "persona".
+
+    Args:
+        prompt: of this task.
+        num_personas: users of how many tastes there are.
+    """
+    return (ord(prompt.facts["shown"][0]) - ord("a")) % max(num_personas, MIN_CLASSES)
 
 
 def favourite_characters(preference_id: int, *, num_preference_groups: int) -> frozenset[str]:
@@ -167,23 +198,26 @@ def _total(preference_id: int, share: float) -> float:
     return (1.0 - scale) / 2.0 + scale * share
 
 
-def _preference_ids(split: str, seed: int, num_preference_groups: int) -> np.ndarray:
-    """Each user's preference group, [users] int; sizes are exact, and the order carries no signal."""
-    shares = np.arange(num_preference_groups, 0, -1) / sum(range(1, num_preference_groups + 1))
+def _personas(split: str, seed: int, num_personas: int) -> np.ndarray:
+    """Each user's persona, [users] int; sizes are exact, and the order carries no signal."""
+    shares = np.arange(num_personas, 0, -1) / sum(range(1, num_personas + 1))
     sizes = np.maximum(1, np.round(shares * NUM_USERS[split])).astype(int)
-    return streams.named_stream(seed, f"letters, {split} users").permutation(np.repeat(np.arange(num_preference_groups), sizes))
+    return streams.named_stream(seed, f"letters, {split} users").permutation(np.repeat(np.arange(num_personas), sizes))
 
 
 def _liked_letters(preference_id: int, num_preference_groups: int) -> str:
     return "".join(sorted(favourite_characters(preference_id, num_preference_groups=num_preference_groups) & set(string.ascii_lowercase)))
 
 
-def _prompt(split: str, user: int, number: int, preference_id: int, seed: int, num_preference_groups: int) -> Prompt:
+def _prompt(
+    split: str, user: int, number: int, persona: int, seed: int, num_personas: int, *, preference_id: int, user_id: str
+) -> Prompt:
     stream = streams.named_stream(seed, f"letters, prompt {number} of user {user}")
-    shown = stream.choice(list(_liked_letters(preference_id, num_preference_groups)), size=LETTERS_SHOWN).tolist()
+    shown = stream.choice(list(_liked_letters(persona, num_personas)), size=LETTERS_SHOWN).tolist()
     return Prompt(
         prompt_id=f"{split}-{user}-{number}",
         text=f"user {user} likes: {' '.join(shown)}",
         preference_id=preference_id,
         facts={"user": user, "shown": shown},
+        user_id=user_id,
     )

@@ -7,7 +7,7 @@ state holds already; nothing else has to be saved. The test stream deals out all
 numbers for weights: each comes once before one comes again.
 
 Each task keeps its own K preference groups: those of the first task come first. Prompts and components of rewards carry their task's name,
-"movielens/…"; "answered" belongs to all.
+"movielens/…"; "answered" belongs to all. Users' pseudonyms differ between tasks as they are.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from typing import Any, Mapping, Sequence
 import numpy as np
 
 from pgrpo_jax.structs import Prompt, Reward
-from pgrpo_jax.tasks import JUDGES, TASKS, Task, streams
+from pgrpo_jax.tasks import JUDGES, RULES, TASKS, Task, assignments, streams
 
 MAX_WEIGHT = 1000
 
@@ -35,6 +35,11 @@ class Mixture:
 
     tasks: Mapping[str, Task]
     weights: Mapping[str, int]
+
+    @property
+    def parts(self) -> tuple[Task, ...]:
+        """The tasks it is made of."""
+        return tuple(self.tasks.values())
 
     @property
     def num_preference_groups(self) -> int:
@@ -73,6 +78,11 @@ class Mixture:
         found = [(names[task], place) for task, place in (locate(p, counts) for p in streams.batch_range(batch_index, batch_size))]
         return tuple(self._mixed(name, self.tasks[name].prompts(split, place, 1)[0]) for name, place in found)
 
+    def own_prompts(self, name: str) -> tuple[Prompt, ...]:
+        """Returns the different training prompts of one task, as the mixture names them."""
+        task = self.tasks[name]
+        return tuple(self._mixed(name, prompt) for prompt in task.prompts("train", 0, task.num_prompts("train")))
+
     def reward(self, prompt: Prompt, answer: str) -> Reward:
         """Judges an answer by its prompt's own task; the components of other tasks' rewards are 0."""
         name, own = self._own(prompt)
@@ -101,8 +111,7 @@ class Mixture:
         return dict(zip(self.tasks, itertools.accumulate(sizes, initial=0)))
 
     def _mixed(self, name: str, prompt: Prompt) -> Prompt:
-        preference_id = prompt.preference_id + self._first_ids()[name]
-        return dataclasses.replace(prompt, prompt_id=f"{name}/{prompt.prompt_id}", preference_id=preference_id)
+        return _shifted(prompt, f"{name}/{prompt.prompt_id}", self._first_ids()[name])
 
     def _own(self, prompt: Prompt) -> tuple[str, Prompt]:
         """The name of a prompt's task, and the prompt as that task made it."""
@@ -110,7 +119,13 @@ class Mixture:
         if name not in self.tasks:
             known = ", ".join(self.tasks)
             raise ValueError(f"prompt {prompt.prompt_id!r} is of none of the tasks {known}: use prompts of the same mixture")
-        return name, dataclasses.replace(prompt, prompt_id=prompt_id, preference_id=prompt.preference_id - self._first_ids()[name])
+        return name, _shifted(prompt, prompt_id, -self._first_ids()[name])
+
+
+def _shifted(prompt: Prompt, prompt_id: str, by: int) -> Prompt:
+    """The prompt under another name, its preference group and its row of the history `by` rows further on."""
+    history_id = None if prompt.history_id is None else prompt.history_id + by
+    return dataclasses.replace(prompt, prompt_id=prompt_id, preference_id=prompt.preference_id + by, history_id=history_id)
 
 
 def locate(position: int, counts: tuple[int, ...]) -> tuple[int, int]:
@@ -166,7 +181,21 @@ def parse(name: str) -> dict[str, int]:
     return weights
 
 
-def load(name: str, data_dir: str, *, seed: int, num_preference_groups: int) -> Task:
+def check_preference_groups(name: str, rule: str) -> None:
+    """Refuses a rule that one of the tasks does not offer.
+
+    Args:
+        name: as `parse` reads it.
+        rule: how users are assigned to preference groups, one rule for all tasks; "" leaves each task its own default.
+
+    Raises:
+        ValueError: the name can not be read, or a task does not offer the rule.
+    """
+    for task in parse(name):
+        assignments.check_rule(rule, task=task, offered=RULES[task])
+
+
+def load(name: str, data_dir: str, *, seed: int, num_preference_groups: int, preference_groups: str = "") -> Task:
     """Loads a task or a mixture.
 
     Args:
@@ -174,25 +203,40 @@ def load(name: str, data_dir: str, *, seed: int, num_preference_groups: int) -> 
         data_dir: directory of the source files of all its tasks.
         seed: of the run.
         num_preference_groups: K of each task.
+        preference_groups: how users are assigned to them, a rule that each of the tasks offers (`tasks.RULES`); "" is a task's default.
 
     Raises:
-        ValueError: the name, the seed or K is outside its range, or a task's data are.
+        ValueError: the name, the seed, K or the rule is outside its range, or a task's data are.
         FileNotFoundError: a source file is missing.
     """
-    return _load(TASKS, name, data_dir, seed=seed, num_preference_groups=num_preference_groups)
+    options = {"seed": seed, "num_preference_groups": num_preference_groups, "preference_groups": preference_groups}
+    return _load(TASKS, name, data_dir, options)
 
 
-def load_judge(name: str, data_dir: str, *, seed: int, num_preference_groups: int) -> Task:
+def load_judge(name: str, data_dir: str, *, seed: int, num_preference_groups: int, preference_groups: str = "") -> Task:
     """Loads only what `reward`, `choice` and `baselines` need of a task or a mixture; arguments as for `load`."""
-    return _load(JUDGES, name, data_dir, seed=seed, num_preference_groups=num_preference_groups)
+    options = {"seed": seed, "num_preference_groups": num_preference_groups, "preference_groups": preference_groups}
+    return _load(JUDGES, name, data_dir, options)
 
 
-def _load(loaders: Mapping[str, Any], name: str, data_dir: str, **options: int) -> Task:
+def _load(loaders: Mapping[str, Any], name: str, data_dir: str, options: Mapping[str, Any]) -> Task:
     weights = parse(name)
+    check_preference_groups(name, options["preference_groups"])
     tasks = {task: loaders[task](data_dir, **options) for task in weights}
     return Mixture(tasks=tasks, weights=weights) if len(tasks) > 1 else tasks[name]
 
 
 def parts(task: Task) -> tuple[Task, ...]:
-    """Returns the tasks that a mixture is made of; of another task, itself."""
-    return tuple(task.tasks.values()) if isinstance(task, Mixture) else (task,)
+    """Returns the tasks that a task names as its `parts` (a mixture, curated or not); of another task, itself."""
+    return getattr(task, "parts", (task,))
+
+
+def training_prompts(task: Task) -> list[tuple[int, tuple[Prompt, ...]]]:
+    """Returns every different training prompt once, as the stream of `task` has it: (weight, prompts) for each task of a mixture.
+
+    Args:
+        task: a mixture, or a task whose first epoch of training prompts holds each once; the weight of a task alone is 1.
+    """
+    if not isinstance(task, Mixture):
+        return [(1, task.prompts("train", 0, task.num_prompts("train")))]
+    return [(task.weights[name], task.own_prompts(name)) for name in task.tasks]

@@ -2,6 +2,8 @@
 
 The reward is his own rating of the film named, in fifths; an answer that names none or several of the candidates earns 0. So
 one star is still better than no answer.
+
+Who belongs to which preference group is one of RULES: by taste ("kmeans", see `preference_groups`), or as `movielens_users` finds it.
 """
 
 import dataclasses
@@ -12,10 +14,15 @@ from typing import Any, ClassVar, Mapping, Sequence
 import numpy as np
 
 from pgrpo_jax.structs import Prompt, Reward
+from pgrpo_jax.tasks import assignments
 from pgrpo_jax.tasks import streams
 from pgrpo_jax.tasks import title_matching
 
 MAX_STARS = 5
+NAME = "movielens"
+RULES = ("kmeans", "rating", "user", "column:gender", "column:age", "column:occupation")
+# Under another rule than k-means K may be one row for each user; films that divide opinion are still found by no more tastes than these.
+MAX_TASTES = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +34,14 @@ class MovieLens:
         preference_group_names: K descriptions such as "+Action +Sci-Fi -Drama".
         split_sizes: prompts in each split.
         streams: split -> random access to its endless stream of records.
+        preference_ids: user -> preference group, where another rule than k-means assigns them; None: as the records say.
     """
 
     num_preference_groups: int
     preference_group_names: tuple[str, ...]
     split_sizes: Mapping[str, int]
     streams: Mapping[str, Any]
+    preference_ids: Mapping[str, int] | None = None
     reward_components: ClassVar[tuple[str, ...]] = ("answered", "rating")
 
     def num_prompts(self, split: str) -> int:
@@ -96,59 +105,74 @@ class MovieLens:
 
     def _prompt(self, record: Mapping[str, bytes]) -> Prompt:
         facts = json.loads(record["prompt"])
-        preference_id = facts.pop("preference_id")
+        built_for = facts.pop("preference_id")
+        preference_id = built_for if self.preference_ids is None else self.preference_ids[facts["user"]]
         if not 0 <= preference_id < self.num_preference_groups:
             raise ValueError(
                 f"prompt {facts['prompt_id']}: preference id {preference_id} is outside [0, {self.num_preference_groups}): "
                 "delete the built data set beside task.data_dir so that it is built again"
             )
-        return Prompt(prompt_id=facts.pop("prompt_id"), text=facts.pop("text"), preference_id=preference_id, facts=facts)
+        user_id = assignments.pseudonym(NAME, facts["user"])
+        return Prompt(facts.pop("prompt_id"), facts.pop("text"), preference_id, facts=facts, user_id=user_id)
 
 
-def load(data_dir: str, *, seed: int, num_preference_groups: int) -> MovieLens:
+def load(data_dir: str, *, seed: int, num_preference_groups: int, preference_groups: str = "") -> MovieLens:
     """Loads the task; the first call for a seed and K builds its data set in `tfds` beside `data_dir` (some seconds).
+
+    The data set is built for k-means with K preference groups; another rule takes the one for min(K, MAX_TASTES) and assigns users anew.
 
     Args:
         data_dir: directory of `ml-100k.inter`, `ml-100k.item` and `ml-100k.user`.
         seed: of the run: held-out users, prompts and their order.
         num_preference_groups: K.
+        preference_groups: one of RULES; "" is the first.
 
     Returns:
         The task.
 
     Raises:
         FileNotFoundError: a source file is missing.
-        ValueError: a line is malformed, the seed or K is outside its range, or a split comes out empty.
+        ValueError: a line is malformed, the seed, K or the rule is outside its range, or a split comes out empty.
     """
+    rule = assignments.check_rule(preference_groups, task=NAME, offered=RULES)
     # TFDS, grain and scikit-learn take seconds to import: runs of other tasks do not pay for them.
     import grain
     import tensorflow_datasets as tfds
 
     from pgrpo_jax.tasks import movielens_dataset
+    from pgrpo_jax.tasks import movielens_users
 
-    built = movielens_dataset.prepared_dir(
-        data_dir, cache_dir=str(pathlib.Path(data_dir).resolve().parent / "tfds"), seed=seed, num_preference_groups=num_preference_groups
-    )
+    cache_dir = str(pathlib.Path(data_dir).resolve().parent / "tfds")
+    tastes = num_preference_groups if rule == "kmeans" else min(num_preference_groups, MAX_TASTES)
+    built = movielens_dataset.prepared_dir(data_dir, cache_dir=cache_dir, seed=seed, num_preference_groups=tastes)
     builder = tfds.builder_from_directory(built)
+    preference_ids, names = None, tuple(builder.info.metadata["preference_group_names"])
+    if rule != "kmeans":
+        preference_ids, names = movielens_users.assign(
+            data_dir, seed=seed, num_preference_groups=num_preference_groups, rule=rule, task=NAME
+        )
     train, test = (grain.MapDataset.source(builder.as_data_source(split=split)) for split in ("train", "test"))
     return MovieLens(
         num_preference_groups=num_preference_groups,
-        preference_group_names=tuple(builder.info.metadata["preference_group_names"]),
+        preference_group_names=names,
         split_sizes={"train": len(train), "test": len(test)},
         streams={"train": train.seed(seed).shuffle().repeat(), "test": test.repeat()},
+        preference_ids=preference_ids,
     )
 
 
-def load_judge(data_dir: str, *, seed: int, num_preference_groups: int) -> MovieLens:
+def load_judge(data_dir: str, *, seed: int, num_preference_groups: int, preference_groups: str = "") -> MovieLens:
     """Makes the task without its prompts, at no cost: a prompt's facts hold all that `reward` needs.
 
     Args:
         data_dir: ignored.
         seed: ignored.
         num_preference_groups: K.
+        preference_groups: one of RULES; "" is the first.
 
     Returns:
         The task; of its methods only `reward`, `choice` and `baselines` work.
     """
     del data_dir, seed
+    assignments.check_rule(preference_groups, task=NAME, offered=RULES)
     return MovieLens(num_preference_groups=num_preference_groups, preference_group_names=(), split_sizes={}, streams={})

@@ -82,15 +82,8 @@ def prepare(tables: Tables, *, seed: int, num_preference_groups: int) -> Prepara
     Raises:
         ValueError: K is below 1 or more than the training users can fill.
     """
-    num_users = len(tables.users)
-    is_train = np.ones(num_users, bool)
-    is_train[named_stream(seed, "held-out users").permutation(num_users)[: round(TEST_SHARE * num_users)]] = False
+    is_train, in_history = divide(tables, seed=seed)
     preference_groups.check_num_preference_groups(num_preference_groups, num_train_users=int(is_train.sum()))
-    in_history = np.zeros(len(tables.user), bool)
-    for index, user_id in enumerate(tables.users):
-        rows = np.flatnonzero(tables.user == index)
-        shuffled = named_stream(seed, f"history of user {user_id}").permutation(rows)
-        in_history[shuffled[int(POOL_SHARE * len(rows)) :]] = True
     known = in_history & is_train[tables.user]
     count, mean = _film_means(tables, known)
     genres = tuple(sorted({genre for film in tables.films for genre in film.genres}))
@@ -100,13 +93,34 @@ def prepare(tables: Tables, *, seed: int, num_preference_groups: int) -> Prepara
         rating=tables.rating[in_history],
         film_mean=mean,
         film_genres=np.array([[genre in film.genres for genre in genres] for film in tables.films]).reshape(len(tables.films), -1),
-        num_users=num_users,
+        num_users=len(tables.users),
     )
     clustering = preference_groups.find_preference_groups(
         features, is_train=is_train, genres=genres, num_preference_groups=num_preference_groups, seed=seed
     )
     disagreement = _disagreement(tables, known, clustering.ids, mean, num_preference_groups)
     return Preparation(is_train, in_history, clustering, FilmStatistics(count, mean, disagreement))
+
+
+def divide(tables: Tables, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Holds users out, and parts every user's ratings in two; no rating is looked at.
+
+    Args:
+        tables: the ratings.
+        seed: of the run.
+
+    Returns:
+        is_train [U] bool, in_history [R] bool, as in `Preparation`.
+    """
+    num_users = len(tables.users)
+    is_train = np.ones(num_users, bool)
+    is_train[named_stream(seed, "held-out users").permutation(num_users)[: round(TEST_SHARE * num_users)]] = False
+    in_history = np.zeros(len(tables.user), bool)
+    for index, user_id in enumerate(tables.users):
+        rows = np.flatnonzero(tables.user == index)
+        shuffled = named_stream(seed, f"history of user {user_id}").permutation(rows)
+        in_history[shuffled[int(POOL_SHARE * len(rows)) :]] = True
+    return is_train, in_history
 
 
 def write_prompts(tables: Tables, preparation: Preparation, *, seed: int, split: str) -> Iterator[dict[str, Any]]:

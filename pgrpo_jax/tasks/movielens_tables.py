@@ -67,6 +67,23 @@ def read(directory: str) -> Tables:
     return Tables(tuple(users), films, user, film, rating)
 
 
+def read_column(directory: str, column: str) -> tuple[str, ...]:
+    """Reads one column of the users' table.
+
+    Args:
+        directory: where `ml-100k.user` lies.
+        column: its name in the header, for example "occupation".
+
+    Returns:
+        U values as the file spells them, in the order of `Tables.users`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a line is malformed, or the table has no such column.
+    """
+    return tuple(value for _, (value,) in _rows(source_files(directory)["ml-100k.user"], (column,)))
+
+
 def source_files(directory: str) -> dict[str, epath.Path]:
     """Returns the path of each source file, by its name.
 

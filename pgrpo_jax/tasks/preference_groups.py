@@ -102,6 +102,31 @@ def nearest(features: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     return np.argmin(((features[:, None, :] - centroids[None]) ** 2).sum(axis=-1), axis=1).astype(np.int32)
 
 
+def correspondence(old_ids: np.ndarray, new_ids: np.ndarray, *, num_old: int, num_new: int) -> np.ndarray:
+    """Counts how the users of each old preference group are spread over the new ones, for whoever moves histories after a re-clustering.
+
+    Args:
+        old_ids: [U] int, each user's preference group before, in [0, num_old).
+        new_ids: [U] int, his preference group after, in [0, num_new).
+        num_old: K before.
+        num_new: K after.
+
+    Returns:
+        [num_old, num_new] int64, users; rows add up to the old sizes and columns to the new ones. Only whole users move exactly:
+        where a row has two entries, the history must be parted by the users' own contributions, not by these shares.
+
+    Raises:
+        ValueError: the two assignments are of different users, or an id is outside its range.
+    """
+    if old_ids.shape != new_ids.shape or old_ids.ndim != 1:
+        raise ValueError(f"old_ids has the shape {old_ids.shape} and new_ids {new_ids.shape}: give one id for each user in both")
+    for name, ids, bound in (("old_ids", old_ids, num_old), ("new_ids", new_ids, num_new)):
+        if len(ids) and not 0 <= ids.min() <= ids.max() < bound:
+            raise ValueError(f"{name} holds ids from {ids.min()} to {ids.max()}, outside [0, {bound}): give the number of preference groups")
+    flat = np.bincount(old_ids.astype(np.int64) * num_new + new_ids, minlength=num_old * num_new)
+    return flat.reshape(num_old, num_new)
+
+
 def describe(centroid: np.ndarray, genres: tuple[str, ...]) -> str:
     """Describes a centroid by the two genres it likes most and the two it likes least, for example "+War +Drama -Comedy".
 

@@ -51,16 +51,17 @@ def synthetic_dir(tmp_path):
             stars = np.clip((4 if user % 2 == film % 2 else 2) + rng.integers(-1, 2), 1, 5)
             ratings.append(f"{user + 1}\t{film + 1}\t{stars}\t{len(ratings)}")
     directory = tmp_path / "synthetic"
-    write_tables(directory, items=items, users=[f"{user + 1}\t30" for user in range(60)], ratings=ratings)
+    users = [f"{user + 1}\t{15 + user}\t{'MFMM'[user % 4]}\t{'student' if user else 'juggler'}" for user in range(60)]
+    write_tables(directory, items=items, users=users, ratings=ratings, user_columns=("age", "gender", "occupation"))
     return str(directory)
 
 
-def write_tables(directory, *, items, users, ratings):
-    """Writes the three files; each argument is a list of tab-separated lines without their header."""
+def write_tables(directory, *, items, users, ratings, user_columns=("age",)):
+    """Writes the three files; each argument is a list of tab-separated lines without their header (users: the id, then `user_columns`)."""
     directory.mkdir(parents=True, exist_ok=True)
     headers = {
         "ml-100k.item": ("item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq", items),
-        "ml-100k.user": ("user_id:token\tage:token", users),
+        "ml-100k.user": ("\t".join(f"{name}:token" for name in ("user_id", *user_columns)), users),
         "ml-100k.inter": ("user_id:token\titem_id:token\trating:float\ttimestamp:float", ratings),
     }
     for name, (header, lines) in headers.items():

@@ -1,6 +1,8 @@
 """The toy task: preferences conflict, rewards by hand, sizes and streams as documented."""
 
 import collections
+import hashlib
+import json
 import string
 
 import numpy as np
@@ -138,3 +140,45 @@ def test_other_bad_arguments():
 def test_both_tasks_are_on_offer():
     assert set(tasks.TASKS) == {"movielens", "letters"}
     assert tasks.TASKS["letters"]("", seed=0, num_preference_groups=2).num_preference_groups == 2
+
+
+def test_users_by_themselves_keep_their_personas_and_get_hashed_rows():
+    task, persona = letters.load("", seed=0, num_preference_groups=16, preference_groups="user"), load(4)
+    for split in ("train", "test"):
+        size = task.num_prompts(split)
+        assert size == persona.num_prompts(split) and task.num_personas == 4
+        for prompt, same in zip(task.prompts(split, 0, size), persona.prompts(split, 0, size)):
+            assert (prompt.text, prompt.facts, prompt.user_id) == (same.text, same.facts, same.user_id)  # the same questions and judge
+            assert prompt.preference_id == int(prompt.user_id, 16) % 16
+            assert letters.persona_of(prompt, num_personas=4) == same.preference_id
+            assert task.reward(prompt, "abc") == persona.reward(same, "abc")
+    np.testing.assert_array_equal(*(t.baselines(t.prompts("train", 0, 40))["popular"] for t in (task, persona)))
+    assert len(task.preference_group_names) == 16
+    assert letters.load("", seed=0, num_preference_groups=100, preference_groups="user").num_preference_groups == 100
+
+
+def test_a_user_has_one_pseudonym_and_shares_it_with_nobody():
+    task = load(3)
+    names = {}
+    for split in ("train", "test"):
+        for prompt in task.prompts(split, 0, task.num_prompts(split)):
+            assert names.setdefault(prompt.facts["user"], prompt.user_id) == prompt.user_id
+    assert len(set(names.values())) == len(names) == 640 and load(3).split_prompts == task.split_prompts
+
+
+def test_an_unknown_rule_is_refused():
+    for rule in ("kmeans", "personas"):
+        with pytest.raises(ValueError, match=f"^preference_groups = '{rule}' is unknown to the task letters: use one of persona, user,"):
+            letters.load("", seed=0, num_preference_groups=3, preference_groups=rule)
+    assert letters.load("", seed=0, num_preference_groups=3, preference_groups="persona") == load(3)
+    with pytest.raises(ValueError, match="num_preference_groups is 0"):
+        letters.load("", seed=0, num_preference_groups=0, preference_groups="user")
+
+
+def test_the_default_stream_is_pinned():
+    """A run resumed under newer code must meet the same prompts: ids, texts, facts and preference groups as they were first released."""
+    digest = hashlib.sha256()
+    for split in ("train", "test"):
+        for p in load(3).prompts(split, 0, 100) + load(3).prompts(split, 30, 100):
+            digest.update(json.dumps([p.prompt_id, p.text, p.preference_id, dict(p.facts)]).encode())
+    assert digest.hexdigest().startswith("05a8040626db380b")

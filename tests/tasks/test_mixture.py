@@ -207,6 +207,42 @@ def test_the_real_tasks_mix(synthetic_dir):
     assert set(task.baselines(found)) == {"random", "popular"} and (task.baselines(found)["random"] > 0).all()
 
 
+def test_a_row_of_the_history_moves_with_its_task_and_back():
+    class Pooled(Numbers):
+        def prompts(self, split, batch_index, batch_size):
+            return tuple(dataclasses.replace(p, history_id=1, user_id=self.name) for p in Numbers.prompts(self, split, batch_index, batch_size))
+
+    mixed = Mixture(tasks={"plain": Pooled("plain"), "other": Pooled("other")}, weights={"plain": 1, "other": 1})
+    found = mixed.prompts("train", 0, 4)
+    assert [p.history_row for p in found] == [1, 3, 1, 3] and [p.user_id for p in found] == ["plain", "other"] * 2
+    assert [mixed.reward(p, "abc").total for p in found] == [3, 3, 4, 4]  # each task got its own prompts back, as `Numbers.reward` asserts
+
+
+def test_training_prompts_come_once_each_with_their_weights():
+    (two, plain), (three, other) = mixture.training_prompts(MIXED)
+    assert (two, three) == (2, 3) and plain + other == MIXED.own_prompts("plain") + MIXED.own_prompts("other")
+    assert [p.prompt_id for p in other] == [f"other/train-{i}" for i in range(10)] and {p.preference_id for p in other} == {2, 3}
+    assert mixture.training_prompts(OTHER) == [(1, OTHER.prompts("train", 0, 10))]
+    assert mixture.parts(MIXED) == (MIXED.tasks["plain"], OTHER) and mixture.parts(OTHER) == (OTHER,)
+
+
+def test_one_rule_for_all_tasks_that_each_must_offer(synthetic_dir):
+    name = "movielens:1 letters:1"
+    task = mixture.load(name, synthetic_dir, seed=0, num_preference_groups=3, preference_groups="user")
+    for prompt in task.prompts("train", 0, 40):
+        assert prompt.preference_id == int(prompt.user_id, 16) % 3 + (0 if prompt.prompt_id.startswith("movielens") else 3)
+    judge = mixture.load_judge(name, synthetic_dir, seed=0, num_preference_groups=3, preference_groups="user")
+    for prompt in task.prompts("train", 0, 10):
+        assert judge.reward(prompt, "abc") == task.reward(prompt, "abc")
+    for call in (mixture.load, mixture.load_judge):
+        with pytest.raises(ValueError, match="^preference_groups = 'rating' is unknown to the task letters: use one of persona, user, or"):
+            call(name, "nowhere", seed=0, num_preference_groups=3, preference_groups="rating")
+    mixture.check_preference_groups(name, "")
+    mixture.check_preference_groups("movielens", "column:age")
+    with pytest.raises(ValueError, match="unknown to the task movielens: use one of kmeans, rating, user, column:gender, column:age, column:occ"):
+        mixture.check_preference_groups(name, "persona")
+
+
 def test_a_mixed_run_has_the_preference_groups_of_all_its_tasks(synthetic_dir):
     config = small_config.config(task__name="letters:1 movielens:1", task__data_dir=synthetic_dir, generation__prompt_buckets=(40, 1024),
                                  model__random__context_length=1100)  # fmt: skip

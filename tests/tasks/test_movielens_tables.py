@@ -62,6 +62,16 @@ def test_a_bad_rating_names_file_and_line(tmp_path, table_writer, ratings, messa
     assert "\n" not in str(caught.value)
 
 
+def test_one_column_of_the_users_in_their_order(tmp_path, table_writer):
+    users = ["8\t40\tF", "7\t30\tM", "9\t\tF"]
+    table_writer(tmp_path, items=ITEMS, users=users, ratings=[], user_columns=("age", "gender"))
+    assert movielens_tables.read(str(tmp_path)).users == ("8", "7", "9")
+    assert movielens_tables.read_column(str(tmp_path), "gender") == ("F", "M", "F")
+    assert movielens_tables.read_column(str(tmp_path), "age") == ("40", "30", "")
+    with pytest.raises(ValueError, match="line 1: no column 'job' among"):
+        movielens_tables.read_column(str(tmp_path), "job")
+
+
 def test_bad_files(tmp_path, table_writer):
     table_writer(tmp_path, items=ITEMS + ITEMS[:1], users=["7\t30"], ratings=[])
     with pytest.raises(ValueError, match="line 5: item_id '1' is listed twice"):

@@ -68,6 +68,31 @@ def test_one_preference_group_is_allowed():
     assert preference_groups.describe(np.zeros(3), GENRES) == "no marked taste"
 
 
+def test_correspondence_against_a_loop():
+    rng = np.random.default_rng(3)
+    old, new = rng.integers(0, 3, 50).astype(np.int32), rng.integers(0, 4, 50).astype(np.int32)
+    new[new == 2] = 1  # an empty one
+    found = preference_groups.correspondence(old, new, num_old=3, num_new=5)
+    expected = [[sum(a == i and b == j for a, b in zip(old, new)) for j in range(5)] for i in range(3)]
+    assert found.tolist() == expected and found.dtype == np.int64
+    assert found.sum(axis=1).tolist() == np.bincount(old, minlength=3).tolist() and found[:, [2, 4]].sum() == 0
+    assert preference_groups.correspondence(old[:0], new[:0], num_old=2, num_new=1).tolist() == [[0], [0]]
+    assert preference_groups.correspondence(old, old, num_old=3, num_new=3).tolist() == np.diag(np.bincount(old)).tolist()
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ([0, 1], [0], r"old_ids has the shape \(2,\) and new_ids \(1,\)"),
+        ([0, 2], [0, 0], r"old_ids holds ids from 0 to 2, outside \[0, 2\)"),
+        ([0, 1], [-1, 2], r"new_ids holds ids from -1 to 2, outside \[0, 3\)"),
+    ],
+)
+def test_correspondence_of_other_users_is_refused(old, new, message):
+    with pytest.raises(ValueError, match=message):
+        preference_groups.correspondence(np.array(old), np.array(new), num_old=2, num_new=3)
+
+
 @pytest.mark.parametrize(
     "num_preference_groups, message",
     [(0, r"is 0, outside \[1, 75\]"), (-1, r"is -1, outside \[1, 75\]"), (76, r"is 76, outside \[1, 75\]")],
