@@ -118,9 +118,9 @@ def _why_nothing(record: Mapping[str, Any]) -> str:
         ("reward" in record and finite(record["reward"]) is None, "no completion was left: every reward failed; read verdicts.jsonl"),
         (at("length", 0.0), "every completion is empty: see the prompts and the stop tokens"),
         (at("truncated", 1.0), "every completion ran out of tokens, and truncated ones may be masked: raise generation.max_new_tokens"),
+        (at("informative_prompts", 0.0), f"no prompt was informative; {dead}; give easier or more varied prompts"),
         (at("correction/weight", 0.0), "the importance correction dropped every token: sampler and learner disagree, see mismatch/p95"),
         (at("clip_fraction", 1.0), "every token is clipped: lower optimiser.learning_rate or learner.passes_per_batch"),
-        (at("informative_prompts", 0.0), f"no prompt was informative; {dead}; give easier or more varied prompts"),
         (at("reward_std", 0.0), f"every reward of the step is {number(record.get('reward'))}: see whether the task tells answers apart"),
         (at("advantage_std", 0.0) and at("advantage_mean", 0.0), f"every advantage is 0; {dead}"),
     )

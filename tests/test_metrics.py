@@ -54,7 +54,8 @@ NOTHING = {
 @pytest.mark.parametrize("changes, said", [
     ({"reward": None, "length": None}, "no completion was left"), ({"length": 0.0, "truncated": 0.0}, "every completion is empty"),
     ({"truncated": 1.0}, "every completion ran out of tokens"), ({"correction/weight": 0.0}, "importance correction dropped every token"),
-    ({"clip_fraction": 1.0}, "every token is clipped"), ({"informative_prompts": 0.0, "reward_std": 0.0}, "no prompt was informative"),
+    ({"clip_fraction": 1.0}, "every token is clipped"),
+    ({"informative_prompts": 0.0, "reward_std": 0.0, "correction/weight": 0.0}, "no prompt was informative"),
     ({"reward_std": 0.0, "reward": 1.0}, "every reward of the step is 1.000"), ({"advantage_std": 0.0}, "every advantage is 0"),
     ({}, "0.25"),
 ])
