@@ -50,11 +50,11 @@ def raised(records):
     return found
 
 
-@pytest.mark.parametrize("rewards, completions", [("normal", 8), ("rare", 4), ("heavy", 8)])
-def test_stationary_noise_raises_nothing(rewards, completions):
-    """100 runs of 200 steps, 25 series each: at most one may say anything. Of 1600 such runs with other seeds 4 did."""
-    alarmed = [found for seed in range(100) if (found := raised(simulated(seed, completions=completions, rewards=rewards)))]
-    assert len(alarmed) <= 1, alarmed
+def test_stationary_noise_raises_nothing():
+    """102 runs of 200 steps, 25 series each: at most one may say anything. Of 1600 such runs with other seeds 4 did."""
+    kinds = ("normal", 8), ("rare", 4), ("heavy", 8)
+    runs = [simulated(seed, completions=completions, rewards=rewards) for rewards, completions in kinds for seed in range(34)]
+    assert len(alarmed := [found for run in runs if (found := raised(run))]) <= 1, alarmed
 
 
 def of_one(name, change, *, start=60, over=40, preference_group=2):
