@@ -80,7 +80,7 @@ class Run:
                 engine.publish(learner)
             issue(controller, engine, learner.step)
             record = {"step": learner.step} | metrics | secs | {"wall_secs": self.wall_secs()}
-            record |= controller.metrics() | generation_metrics(rollouts)
+            record |= controller.metrics() | generation_metrics(rollouts, num_preference_groups=settings.num_preference_groups(config))
             samples = samples_of(rollouts, advantages, step=learner.step)
             # The step goes on record before its checkpoint: a committed step is never missing from the records.
             self.directory.write_step(record, samples, rollouts)

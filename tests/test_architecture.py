@@ -22,7 +22,7 @@ FLOORS = (
     {"actor", "learner"},
     {"engines"},
     {"train", "evaluate", "deployment", "assembly", "settings", "placement", "metrics", "run_directory", "step_records", "console"}
-    | {"report", "report_sections", "report_page", "charts"},
+    | {"report", "report_sections", "report_page", "charts", "alarms", "metric_table"},
 )
 # importer -> what it may import on its own floor
 SAME_FLOOR = {
@@ -38,9 +38,10 @@ SAME_FLOOR = {
     "deployment": {"assembly", "placement", "run_directory"},
     "placement": {"settings"},
     "assembly": {"settings"},
-    "console": {"metrics"},
+    "alarms": {"metrics"},
+    "console": {"metrics", "alarms"},
     "report": {"report_sections", "report_page", "run_directory"},
-    "report_sections": {"report_page", "charts", "metrics"},
+    "report_sections": {"report_page", "charts", "metrics", "metric_table", "alarms"},
 }
 ANYWHERE = {"jax", "numpy", "chex", "etils", "absl", "pgrpo_jax"}
 FLOOR_0_LIBRARIES = {"jax", "numpy", "chex", "pgrpo_jax", "dataclasses", "typing", "math", "functools"}
