@@ -17,12 +17,12 @@ TEXTS = CODE + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "docs").r
 FLOORS = (
     {"structs", "algorithms"},
     {"models", "generation", "tasks", "parallel", "batching", "preemption", "rollout_files", "exchange", "schedule", "verifiers"}
-    | {"digests", "weight_versions", "batch_metrics"},
-    {"controller", "checkpoints", "update", "parameter_server", "gradient_shares"},
+    | {"digests", "weight_versions", "batch_metrics", "curation"},
+    {"controller", "checkpoints", "update", "parameter_server", "gradient_shares", "kl_control", "train_state"},
     {"actor", "learner"},
     {"engines"},
     {"train", "evaluate", "deployment", "assembly", "settings", "placement", "metrics", "run_directory", "step_records", "console"}
-    | {"report", "report_sections", "report_page", "charts", "alarms", "metric_table"},
+    | {"report", "report_sections", "report_page", "charts", "alarms", "metric_table", "algorithm_settings"},
 )
 # importer -> what it may import on its own floor
 SAME_FLOOR = {
@@ -32,12 +32,15 @@ SAME_FLOOR = {
     "parallel": {"models"},
     "digests": {"parallel"},
     "weight_versions": {"digests"},
+    "curation": {"batching"},
     "gradient_shares": {"update"},
-    "train": {"deployment", "settings", "evaluate", "step_records", "console"},
+    "train_state": {"update"},
+    "settings": {"algorithm_settings"},
+    "train": {"deployment", "settings", "evaluate", "step_records", "console", "alarms"},
     "evaluate": {"deployment", "settings", "run_directory", "console"},
     "deployment": {"assembly", "placement", "run_directory"},
     "placement": {"settings"},
-    "assembly": {"settings"},
+    "assembly": {"settings", "algorithm_settings"},
     "alarms": {"metrics"},
     "console": {"metrics", "alarms"},
     "report": {"report_sections", "report_page", "run_directory"},
