@@ -17,12 +17,13 @@ TEXTS = CODE + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "docs").r
 FLOORS = (
     {"structs", "algorithms"},
     {"models", "generation", "tasks", "parallel", "batching", "preemption", "rollout_files", "exchange", "schedule", "verifiers"}
-    | {"digests", "weight_versions", "batch_metrics", "laboratory"},
-    {"controller", "checkpoints", "update", "parameter_server", "gradient_shares"},
+    | {"digests", "weight_versions", "batch_metrics", "curation", "laboratory"},
+    {"controller", "checkpoints", "update", "parameter_server", "gradient_shares", "kl_control", "train_state"},
     {"actor", "learner"},
     {"engines"},
     {"train", "evaluate", "deployment", "assembly", "settings", "placement", "metrics", "run_directory", "step_records", "console"}
-    | {"report", "report_sections", "report_page", "charts", "laboratory_charts"},
+    | {"report", "report_sections", "report_page", "charts", "alarms", "metric_table", "algorithm_settings"}
+    | {"laboratory_charts"},
 )
 # importer -> what it may import on its own floor
 SAME_FLOOR = {
@@ -32,16 +33,20 @@ SAME_FLOOR = {
     "parallel": {"models"},
     "digests": {"parallel"},
     "weight_versions": {"digests"},
+    "curation": {"batching"},
     "gradient_shares": {"update"},
-    "train": {"deployment", "settings", "evaluate", "step_records", "console"},
+    "train_state": {"update"},
+    "settings": {"algorithm_settings"},
+    "train": {"deployment", "settings", "evaluate", "step_records", "console", "alarms"},
     "evaluate": {"deployment", "settings", "run_directory", "console"},
     "deployment": {"assembly", "placement", "run_directory"},
     "placement": {"settings"},
-    "assembly": {"settings"},
-    "console": {"metrics"},
+    "assembly": {"settings", "algorithm_settings"},
+    "alarms": {"metrics"},
+    "console": {"metrics", "alarms"},
     "report": {"report_sections", "report_page", "run_directory"},
     "laboratory_charts": {"charts"},
-    "report_sections": {"report_page", "charts", "metrics"},
+    "report_sections": {"report_page", "charts", "metrics", "metric_table", "alarms"},
 }
 ANYWHERE = {"jax", "numpy", "chex", "etils", "absl", "pgrpo_jax"}
 FLOOR_0_LIBRARIES = {"jax", "numpy", "chex", "pgrpo_jax", "dataclasses", "typing", "math", "functools"}
