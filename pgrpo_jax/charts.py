@@ -1,4 +1,4 @@
-"""Floor 5: numbers in, SVG out. The only module that knows matplotlib.
+"""Floor 5: numbers in, SVG out. Only this module and `microscope_charts.py` know matplotlib.
 
 Figures are made without pyplot, so there is no global state and no display is needed. No text of a run enters a chart: matplotlib would
 read "$" as mathematics and warn about letters its font lacks.
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 import numpy as np
 
-_STYLE = {
+STYLE = {
     "svg.hashsalt": "pgrpo_jax", "font.family": "DejaVu Sans", "font.size": 9.0, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": "#b8c0cc", "axes.grid": True, "grid.color": "#eceff4", "axes.axisbelow": True, "xtick.color": "#5d6878",
     "ytick.color": "#5d6878", "axes.labelcolor": "#5d6878", "text.color": "#1c2430", "axes.titlesize": 9.0,
@@ -59,7 +59,7 @@ def curves(lines: Sequence[Line], *, unit: str) -> str:
     Returns:
         The chart as a data:image/svg+xml address.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 2.5))
         axes = figure.subplots()
         for line in lines:
@@ -67,7 +67,7 @@ def curves(lines: Sequence[Line], *, unit: str) -> str:
         axes.set_ylabel(unit)
         axes.set_xlabel("update")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        return _address(figure)
+        return address(figure)
 
 
 def panels(titled: Sequence[tuple[str, Sequence[Line]]], *, unit: str, reference: float | None = None) -> str:
@@ -83,7 +83,7 @@ def panels(titled: Sequence[tuple[str, Sequence[Line]]], *, unit: str, reference
     """
     rows = -(-len(titled) // _PANELS_A_ROW)
     columns = min(len(titled), _PANELS_A_ROW)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11.2, 2.3 * rows))
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes in grid.flat[len(titled):]:
@@ -99,7 +99,7 @@ def panels(titled: Sequence[tuple[str, Sequence[Line]]], *, unit: str, reference
             axes.set_ylabel(unit)
         for axes in grid[-1]:
             axes.set_xlabel("update")
-        return _address(figure)
+        return address(figure)
 
 
 def intervals(rows: Sequence[tuple[str, Sequence[Pair]]], *, unit: str, mark: float = float("nan"), mark_label: str = "") -> str:
@@ -114,7 +114,7 @@ def intervals(rows: Sequence[tuple[str, Sequence[Pair]]], *, unit: str, mark: fl
     Returns:
         The chart as a data:image/svg+xml address.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         most = max(len(pairs) for _, pairs in rows)
         figure = Figure(figsize=(11.2, 0.9 + len(rows) * (0.18 + 0.3 * most)))
         axes = figure.subplots()
@@ -136,7 +136,7 @@ def intervals(rows: Sequence[tuple[str, Sequence[Pair]]], *, unit: str, mark: fl
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel(unit)
-        return _address(figure)
+        return address(figure)
 
 
 def draw_line(axes: Axes, line: Line) -> None:
@@ -162,7 +162,8 @@ def _draw_estimate(axes: Axes, estimate: Estimate, y: float, colour: str, *, aft
               markerfacecolor=colour if after else "white", linestyle="none")
 
 
-def _address(figure: Figure) -> str:
+def address(figure: Figure) -> str:
+    """Returns a figure as a data:image/svg+xml address; equal figures give equal addresses. Draw it under `matplotlib.rc_context(STYLE)`."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})  # no date: equal runs make equal pages
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -17,12 +17,13 @@ TEXTS = CODE + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "docs").r
 FLOORS = (
     {"structs", "algorithms"},
     {"models", "generation", "tasks", "parallel", "batching", "preemption", "rollout_files", "exchange", "schedule", "verifiers"}
-    | {"digests", "weight_versions", "batch_metrics"},
+    | {"digests", "weight_versions", "batch_metrics", "contributions", "batch_files"},
     {"controller", "checkpoints", "update", "parameter_server", "gradient_shares"},
     {"actor", "learner"},
     {"engines"},
     {"train", "evaluate", "deployment", "assembly", "settings", "placement", "metrics", "run_directory", "step_records", "console"}
-    | {"report", "report_sections", "report_page", "charts"},
+    | {"report", "report_sections", "report_page", "charts"}
+    | {"microscope", "microscope_measures", "microscope_charts", "microscope_page", "record", "histories"},
 )
 # importer -> what it may import on its own floor
 SAME_FLOOR = {
@@ -41,6 +42,9 @@ SAME_FLOOR = {
     "console": {"metrics"},
     "report": {"report_sections", "report_page", "run_directory"},
     "report_sections": {"report_page", "charts", "metrics"},
+    "microscope_measures": {"microscope"},
+    "microscope_charts": {"charts"},
+    "microscope_page": {"microscope", "microscope_measures", "microscope_charts", "charts", "report_page", "metrics"},
 }
 ANYWHERE = {"jax", "numpy", "chex", "etils", "absl", "pgrpo_jax"}
 FLOOR_0_LIBRARIES = {"jax", "numpy", "chex", "pgrpo_jax", "dataclasses", "typing", "math", "functools"}
@@ -60,7 +64,7 @@ OWNERS = {
     "ml_collections": {"train", "evaluate", "settings"},
     "rich": {"console"},
     "tensorboardX": {"run_directory"},
-    "matplotlib": {"charts"},
+    "matplotlib": {"charts", "microscope_charts"},
 }
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 300, 40
 
