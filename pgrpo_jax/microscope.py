@@ -20,7 +20,7 @@ from pgrpo_jax.algorithms import advantages, memory
 from pgrpo_jax.algorithms.advantages import AdvantageSettings
 from pgrpo_jax.algorithms.memory import Memory
 from pgrpo_jax.curation import Curation
-from pgrpo_jax.rollout_files import load_rollouts
+from pgrpo_jax.rollout_files import find_rollouts, load_rollouts
 from pgrpo_jax.structs import Prompt, Rollouts
 from pgrpo_jax.tasks.streams import named_stream
 
@@ -134,7 +134,7 @@ def read_steps(sources: Sequence[epath.PathLike]) -> tuple[Step, ...]:
         ValueError: a file is damaged, or two are of one step.
     """
     steps: dict[int, tuple[epath.Path, tuple[Rollouts, ...]]] = {}
-    for path in (file for source in sources for file in rollout_files(source)):
+    for path in (file for source in sources for file in find_rollouts(source)):
         units = tuple(load_rollouts(path))
         named = re.fullmatch(r"step_(\d+)\.npz", path.name)
         if not named and not units:
@@ -144,24 +144,6 @@ def read_steps(sources: Sequence[epath.PathLike]) -> tuple[Step, ...]:
             raise ValueError(f"{path} and {steps[number][0]} are both of step {number}: give the rollouts of one run")
         steps[number] = path, units
     return tuple(Step(number, steps[number][1]) for number in sorted(steps))
-
-
-def rollout_files(source: epath.PathLike) -> list[epath.Path]:
-    """Returns the rollout files of a run directory in the order of their names, or the file itself.
-
-    Raises:
-        FileNotFoundError: there is no such source, or no rollouts in it.
-    """
-    path = epath.Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: give the --workdir of a run, or its rollouts/*.npz")
-    if not path.is_dir():
-        return [path]
-    folder = path / "rollouts" if (path / "rollouts").exists() else path
-    files = sorted(file for file in folder.iterdir() if file.name.endswith(".npz"))
-    if not files:
-        raise FileNotFoundError(f"{path} holds no rollouts/*.npz: give the --workdir of a run that has trained a step")
-    return files
 
 
 def gaps(steps: Sequence[Step]) -> list[str]:

@@ -34,6 +34,7 @@ SAME_FLOOR = {
     "digests": {"parallel"},
     "weight_versions": {"digests"},
     "gradient_shares": {"update"},
+    "record": {"assembly", "settings", "run_directory"},
     "train": {"deployment", "settings", "evaluate", "step_records", "console"},
     "evaluate": {"deployment", "settings", "run_directory", "console"},
     "deployment": {"assembly", "placement", "run_directory"},
