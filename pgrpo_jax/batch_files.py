@@ -68,8 +68,9 @@ def load_batch(path: epath.PathLike) -> Dump:
     path = epath.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a file that dump_batch wrote")
+    content = path.read_bytes()
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         batch = TrainBatch(**{name: arrays[f"batch/{name}"] for name in _FIELDS})
         return Dump(batch, arrays["advantages"], arrays.get("old_log_probs"), arrays.get("reference_log_probs"))

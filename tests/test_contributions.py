@@ -4,30 +4,20 @@ import dataclasses
 
 import numpy as np
 import pytest
+import recorded_units
 
 from pgrpo_jax import contributions
 from pgrpo_jax.algorithms import memory, reward_history
 from pgrpo_jax.algorithms.memory import Memory
-from pgrpo_jax.structs import Prompt, RewardHistory, Rollouts, Work
+from pgrpo_jax.structs import RewardHistory, Work
 
 K = 3
 ROW = {"ann": 0, "bob": 0, "cem": 1, "dee": 2}
 LEAVES = ("count", "weight", "mean", "m2")
 
 
-def unit(index, users, rewards, rows=None, split="train"):
-    """One unit: `rewards` holds a list for each user's prompt; lists may be of any length."""
-    rows = rows or [ROW[user] for user in users]
-    prompts = tuple(Prompt(f"{index}-{i}", "?", row, {}, user_id=user) for i, (user, row) in enumerate(zip(users, rows)))
-    flat = np.array([r for mine in rewards for r in mine], np.float32)
-    n = len(flat)
-    return Rollouts(
-        work=Work(index, index, index, split), prompt_records=prompts, prompts=np.zeros((len(users), 2), np.int32),
-        prompt_lengths=np.ones(len(users), np.int32), completions=np.zeros((n, 1), np.int32), completion_lengths=np.ones(n, np.int32),
-        prompt_index=np.repeat(np.arange(len(users), dtype=np.int32), [len(mine) for mine in rewards]),
-        behaviour_log_probs=np.zeros((n, 1), np.float32), truncated=np.zeros(n, bool), texts=("",) * n, rewards=flat,
-        reward_components={"rating": flat, "answered": (flat > 0).astype(np.float32)},
-    )  # fmt: skip
+def unit(index, users, rewards, rows=None):
+    return recorded_units.unit(index, users, rewards, rows or [ROW[user] for user in users])
 
 
 def random_units(seed, steps=6, offset=0.0):
