@@ -26,7 +26,8 @@ def read(run: epath.PathLike) -> ml_collections.ConfigDict:
         values = json.loads(path.read_bytes())
         config = base.get_config()
         for name, value in values.items():
-            if name in base.KEYS:
+            # null stands for an unset key, and for a number that is not finite: these are defaults.
+            if name in base.KEYS and (value is not None or isinstance(base.KEYS[name].default, type)):
                 _set(config, name, value)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no configuration ({' '.join(str(error).split())[:200]}): restore it") from error

@@ -56,7 +56,7 @@ def scatter(x: np.ndarray, y: np.ndarray, preference: np.ndarray, *, unit_x: str
         axes.set_ylim(-limit_y, limit_y)
         axes.set_xlabel(unit_x)
         axes.set_ylabel(unit_y)
-        figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
         return charts.address(figure)
 
 

@@ -15,6 +15,7 @@ from pgrpo_jax.tasks.streams import named_stream
 TOLERANCE = 1e-6  # of the check, relative to 1 + |advantage|
 ALIVE = 1e-3  # smallest |advantage| that counts as signal; default of curation.min_information
 _RESAMPLES, _LEVEL = 2000, 95.0
+_AT_ONCE = 10_000_000  # numbers of a bootstrap that are held at once
 
 
 def measure(table: Table, samples: Sequence[Mapping[str, Any]] | None = None, *, top: int = 20, seed: int = 0) -> dict[str, Any]:
@@ -139,9 +140,8 @@ def by_preference(table: Table, *, seed: int = 0) -> list[dict[str, Any]]:
     """
     sums, mine = _prompt_sums(table)
     shares = {name: _shares(np.ones((1, len(mine))), values, mine)[0] for name, values in sums.items()}
-    weights = named_stream(seed, "bootstrap of the microscope").multinomial(len(mine), np.full(len(mine), 1 / max(1, len(mine))), _RESAMPLES)
-    reference = _shares(weights, sums["p_grpo"], mine) if len(mine) else np.zeros((_RESAMPLES, table.num_preference_groups))
-    low_high = {name: _interval(_over(_shares(weights, values, mine), reference)) for name, values in sums.items()}
+    resampled = _resampled(sums, mine, seed)
+    low_high = {name: _interval(_over(values, resampled["p_grpo"])) for name, values in resampled.items()}
     warm = np.bincount(table.preference[table.warm], minlength=table.num_preference_groups)
     everyone = np.bincount(table.preference, minlength=table.num_preference_groups)
     records = []
@@ -191,8 +191,19 @@ def _prompt_sums(table: Table) -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 def _shares(weights: np.ndarray, sums: np.ndarray, mine: np.ndarray) -> np.ndarray:
     """[R, K]: share of Σ|A| of each preference group, prompts weighted [R, Q']; NaN where there is no signal at all."""
-    total = (weights * sums) @ mine
+    total = weights @ (sums[:, None] * mine)
     return _over(total, total.sum(axis=1, keepdims=True))
+
+
+def _resampled(sums: Mapping[str, np.ndarray], mine: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """scheme -> [R, K]: the shares in bootstrap samples of the prompts, the same samples for all schemes."""
+    stream, count = named_stream(seed, "bootstrap of the microscope"), len(mine)
+    if count == 0:
+        return {name: np.full((_RESAMPLES, mine.shape[1]), np.nan) for name in sums}
+    at_once = max(1, _AT_ONCE // count)
+    drawn = (stream.multinomial(count, np.full(count, 1 / count), min(at_once, _RESAMPLES - done)) for done in range(0, _RESAMPLES, at_once))
+    parts = [{name: _shares(weights, values, mine) for name, values in sums.items()} for weights in drawn]
+    return {name: np.concatenate([part[name] for part in parts]) for name in sums}
 
 
 def _over(above: Any, below: Any) -> np.ndarray:

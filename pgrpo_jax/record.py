@@ -9,6 +9,7 @@ For looking before paying (`microscope.py`), for estimates of the prompts' diffi
 """
 
 import contextlib
+import math
 from typing import Any, Callable, Mapping
 
 import jax
@@ -76,7 +77,9 @@ def _check_records(directory: RunDirectory, identity: Mapping[str, Any]) -> None
     if (directory.path / "metrics.jsonl").exists() or (directory.path / "checkpoints").exists():
         raise ValueError(f"{directory.path} holds a training run, whose rollouts are recorded already: give another --workdir")
     earlier = directory.config()
-    wanted = {key: value for key, value in identity.items() if key != "num_steps"}
+    # config.json holds null for what is not finite.
+    infinite = {key for key, value in identity.items() if isinstance(value, float) and not math.isfinite(value)}
+    wanted = {key: None if key in infinite else value for key, value in identity.items() if key != "num_steps"}
     different = [f"{k}: {earlier.get(k)} there, {v} here" for k, v in sorted(wanted.items()) if earlier is not None and earlier.get(k) != v]
     if different:
         raise ValueError(f"{directory.path} holds rollouts of another configuration ({'; '.join(different)}): use another --workdir")

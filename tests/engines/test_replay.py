@@ -17,6 +17,7 @@ from pgrpo_jax.deployment import deploy
 from pgrpo_jax.engines import gather
 from pgrpo_jax.engines.replay import ReplayEngine
 from pgrpo_jax.preemption import Stop
+from pgrpo_jax.record import record
 from pgrpo_jax.rollout_files import find_rollouts, load_rollouts, pack_rollouts
 from pgrpo_jax.run_directory import RunDirectory
 from pgrpo_jax.structs import Finished, Started, Tick, Work
@@ -85,6 +86,15 @@ def test_a_deployed_replay_trains_another_scheme_on_the_same_answers_and_generat
     rewards = np.concatenate([unit.rewards for file in find_rollouts(recorded) for unit in load_rollouts(file)])
     assert history.count.tolist() == [len(rewards), 0, 0]  # the arm is this run's, the rewards are the recorded ones
     assert history.mean[0] == pytest.approx(rewards.mean(), abs=1e-6)
+
+
+def test_a_recording_without_training_begins_as_the_run_does(recorded, tmp_path):
+    changes = SHORT | {"num_steps": 1}
+    config, identity = small_config.config(**changes), small_config.identity(**changes)
+    assert record(config, identity=identity, workdir=tmp_path, stop=Stop(), say=lambda line: None) == 0
+    for ours, theirs in zip(*(load_rollouts(find_rollouts(path)[0]) for path in (tmp_path, recorded)), strict=True):
+        assert (ours.work, ours.texts, ours.prompt_records) == (theirs.work, theirs.texts, theirs.prompt_records)
+        np.testing.assert_array_equal(ours.behaviour_log_probs, theirs.behaviour_log_probs)
 
 
 def test_units_come_back_under_the_work_that_was_asked_for(recorded):
