@@ -102,7 +102,7 @@ KEYS = {
     "curation.overlong_buffer": Key(0, "identity", "tokens before the limit over which a penalty rises; 0 = off"),
     "curation.overlong_penalty": Key(1.0, "identity", "reward taken off at the limit"),
     "curation.mask_truncated": Key(False, "identity", "completions that ran out of tokens are not trained on"),
-    "curation.difficulty": Key("", "free", "JSON of difficulty estimates (launch/record.py), whose content is identity; '' = none"),
+    "curation.difficulty": Key("", "free", "JSON of difficulty estimates (docs/data.md), whose content is identity; '' = none"),
     "curation.min_mean": Key(float("-inf"), "identity", "prompts with a lower estimated mean reward are left out"),
     "curation.max_mean": Key(float, "identity", "prompts with a higher one are left out; unset = none are"),
     "curation.min_std": Key(0.0, "identity", "prompts whose estimated deviation is lower are left out"),
@@ -126,8 +126,6 @@ KEYS = {
     "learner.micro_batches": Key(1, "identity", "gradient accumulation: slices of whole prompts; divides prompts_per_step"),
     "learner.passes_per_batch": Key(1, "identity", "updates made from one batch of rollouts (GRPO's mu)"),
     "learner.remat": Key(False, "identity", "recompute each layer in the backward pass: less memory, more time"),
-    # train only, on recorded rollouts
-    "replay.path": Key("", "identity", "run directory whose recorded rollouts are trained on again, with engine = replay; '' = generate"),
     # where it runs, how often it saves and shows
     "engine": Key("inline", "free", "inline | threads | ray (docs/running.md)"),
     "num_actors": Key(1, "free", "actors of the threads and ray engines; inline has one"),
@@ -158,7 +156,6 @@ KEYS = {
     "evaluation.completions_per_prompt": Key(4, "free", "answers sampled for each"),
     "evaluation.prompts_per_work": Key(16, "free", "prompts in one unit of evaluation; divides evaluation.num_prompts"),
     "metrics.gradients_every": Key(0, "free", "updates between two measurements of each preference group's gradient (K backward passes); 0 = never"),
-    "metrics.dump_batches": Key((), "free", "updates whose training batch is written to batches/, for example (1, 10)"),
     "metrics.samples_every": Key(5, "free", "updates between two tables of samples"),
     "metrics.tensorboard": Key(True, "free", "write TensorBoard files"),
 }

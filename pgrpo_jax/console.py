@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from pgrpo_jax import metrics
+from pgrpo_jax import alarms, metrics
 
 _PLAIN_WIDTH = 80
 _SAMPLES_SHOWN = 4
@@ -42,6 +42,7 @@ class Console:
             self._rich = RichConsole(file=stream, highlight=False, force_terminal=False, color_system=None, width=_PLAIN_WIDTH)
         self._walls: list[float] = []
         self._health: str | None = None
+        self._alarms: set[str] = set()
         columns = (SpinnerColumn(), TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), TimeElapsedColumn(),
                    TextColumn("left {task.fields[left]}"))
         self._bar = Progress(*columns, console=self._rich, refresh_per_second=2, disable=not self._live)
@@ -59,7 +60,7 @@ class Console:
         self._print(text)
 
     def step(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Shows one update: its line, the time left, an answer to a loss of 0 and, every few steps, a table of samples.
+        """Shows one update: its line, the time left, an answer to a loss of 0, alarms that begin or end and, every few steps, samples.
 
         Args:
             record: the step's metrics (docs/metrics.md).
@@ -73,6 +74,12 @@ class Console:
         if health is not None and health != self._health:
             self._health = health
             self._print(f"  note: {health}")
+        held = {alarm["key"]: alarm for alarm in record.get("alarms") or ()}
+        for key in sorted(held.keys() - self._alarms):
+            self._print(f"  alarm: {alarms.sentence(held[key])}", style="bold")
+        for key in sorted(self._alarms - held.keys()):
+            self._print(f"  alarm over: {key}")
+        self._alarms = set(held)
         if samples and self._samples_every and int(record["step"]) % self._samples_every == 0:
             self._rich.print(self._samples_table(int(record["step"]), samples))
 

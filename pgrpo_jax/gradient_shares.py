@@ -92,10 +92,10 @@ def _gradient(params, kl_coefficients, parts, preference_id, *, model: Transform
     def add(carry: Any, part: tuple[Any, ...]) -> tuple[Any, None]:
         batch, advantages, *fixed = part
         own = batch.replace(valid=batch.valid & (batch.preference_ids == preference_id)[batch.prompt_index])
-        (_, (sums, _)), gradient = jax.value_and_grad(updates.loss_sums, has_aux=True)(
+        (_, (count, *_)), gradient = jax.value_and_grad(updates.loss_sums, has_aux=True)(
             params, model, settings, own, advantages, kl_coefficients, *fixed
         )
-        return jax.tree.map(jnp.add, carry, (gradient, sums["count"])), None
+        return jax.tree.map(jnp.add, carry, (gradient, count)), None
 
     start = jax.tree.map(jnp.zeros_like, params), jnp.zeros((), parts[1].dtype)
     return jax.lax.scan(add, start, parts)[0]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pgrpo_jax import batch_metrics, batching, curation, kl_control, parallel
+from pgrpo_jax import batch_metrics, batching, curation, gradient_shares, kl_control, parallel
 from pgrpo_jax.algorithms import preference_weights
 from pgrpo_jax.algorithms.preference_weights import PreferenceWeights
 from pgrpo_jax.checkpoints import Checkpoints, state_sha256
@@ -44,7 +44,7 @@ class LearnerSettings:
         kl: how the KL to the reference is held.
         proximal: the old policy of the ratio: "generator", the weights that generated the batch, or "current", those before the update
             (decoupled PPO, AReaL, arXiv:2505.24298).
-        relabelled: the rollouts were recorded elsewhere, so that the weights of their versions are not known.
+        gradients_every: updates between two measurements of each preference group's gradient; 0 = never.
     """
 
     num_steps: int
@@ -63,7 +63,7 @@ class LearnerSettings:
     preference_weights: PreferenceWeights = PreferenceWeights()
     kl: KLControl = KLControl()
     proximal: str = "generator"
-    relabelled: bool = False
+    gradients_every: int = 0
 
 
 class Learner:
@@ -166,7 +166,7 @@ class Learner:
         weights = self.state.trainable if current else parallel.place(self._load_base(), self._params_layout)
         self.versions = self.versions | {version: self._copy(weights)}
 
-    def update(self, rollouts: Sequence[Rollouts], *, next_work: int | None = None) -> tuple[dict[str, float], np.ndarray]:
+    def update(self, rollouts: Sequence[Rollouts], *, next_work: int | None = None) -> tuple[dict[str, Any], np.ndarray]:
         """Trains on the rollouts of one step.
 
         Args:
@@ -183,7 +183,7 @@ class Learner:
             FloatingPointError: the loss or the gradient is not finite; the last checkpoint stays good.
         """
         s = self._settings
-        expected = None if s.schedule.freshest or s.relabelled else s.schedule.version(self.step)
+        expected = None if s.schedule.freshest else s.schedule.version(self.step)
         batching.check(rollouts, num_preference_groups=s.num_preference_groups, version=expected)
         flat = batching.to_train_batch(rollouts, completions_per_prompt=s.completions_per_prompt, pad_id=s.pad_id)
         signals = curation.signals(rollouts, flat, s.curation, step=self.step, components=s.components)
@@ -194,9 +194,10 @@ class Learner:
         )
         advantages = np.asarray(advantages)
         trained, wanted, informative = curation.train_on(flat, signals, advantages, s.curation)
-        weights = self._preference_weights(trained, diagnostics)
+        counts = np.bincount(trained.preference_ids[trained.prompt_index][trained.valid], minlength=s.num_preference_groups).astype(np.int32)
+        weights = np.asarray(preference_weights.weights(s.preference_weights, np.asarray(diagnostics.history_mean), counts))
         wanted = wanted * weights[trained.preference_ids[trained.prompt_index]]
-        scalars = self._optimise(trained, wanted.astype(advantages.dtype), version=expected)
+        scalars, shares = self._optimise(trained, wanted.astype(advantages.dtype), version=expected)
 
         staleness = np.mean([self.step - r.work.version for r in rollouts])
         self.step += 1
@@ -206,25 +207,26 @@ class Learner:
         self._offer_versions()
         metrics = batch_metrics.describe(flat, advantages, jax.device_get(diagnostics)) | batch_metrics.of_update(scalars, self._kl_coefficients())
         metrics |= {"staleness": float(staleness), "learning_rate": float(self._learning_rate(self.step * s.passes_per_batch - 1))}
-        metrics |= {"informative_prompts": informative, "reward_shaped": batch_metrics.mean_reward(signals.rewards, flat.valid)}
+        metrics |= shares | {"informative_prompts": informative, "reward_shaped": batch_metrics.mean_reward(signals.rewards, flat.valid)}
         metrics |= {f"preference_group/{p}/weight": float(weight) for p, weight in enumerate(weights)}
         rows = batching.completion_rows(rollouts, completions_per_prompt=s.completions_per_prompt)
         return metrics, advantages[rows]
 
-    def _optimise(self, trained: TrainBatch, advantages: np.ndarray, *, version: int | None) -> dict[str, np.ndarray]:
-        """Makes the optimiser steps of a batch; returns what the last one measured."""
+    def _optimise(self, trained: TrainBatch, advantages: np.ndarray, *, version: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Makes the optimiser steps of a batch; returns what the last one measured, and whose gradient the first one followed."""
         s = self._settings
-        batch = self._on_devices(trained, s.micro_batches)
+        batch = parallel.shard_rows(batching.micro_batches(trained, s.micro_batches), self._mesh, axis=1)
         sliced = parallel.shard_rows(advantages.reshape(s.micro_batches, -1), self._mesh, axis=1)
         old, reference = self._old_log_probs(batch, version=version), self._reference_log_probs(batch)
+        shares = {}
+        if s.gradients_every and (self.step + 1) % s.gradients_every == 0:
+            fixed = (self.state.trainable, self._model, s.loss, batch, sliced, self._kl_coefficients(), old, reference)
+            shares = gradient_shares.describe(gradient_shares.gradient_shares(*fixed))
         for _ in range(s.passes_per_batch):
             self.state, scalars = update(self.state, self._model, s.loss, s.optimiser, batch, sliced, old, reference)
             scalars = jax.device_get(scalars)
             self._refuse_non_finite(scalars)
-        return scalars
-
-    def _on_devices(self, batch: TrainBatch, slices: int) -> TrainBatch:
-        return parallel.shard_rows(batching.micro_batches(batch, slices), self._mesh, axis=1)
+        return scalars, shares
 
     def _old_log_probs(self, batch: TrainBatch, *, version: int | None, always: bool = False) -> jax.Array | None:
         """Log-probs of the old policy, in the update's own layout; None where it is the policy itself and one pass is made.
@@ -248,19 +250,12 @@ class Learner:
         s = self._settings
         if s.loss.objective.kl_in != "reward" or s.kl.coefficient == 0:
             return signals
-        batch = self._on_devices(flat, s.micro_batches * s.oversample)
+        batch = parallel.shard_rows(batching.micro_batches(flat, s.micro_batches * s.oversample), self._mesh, axis=1)
         old, reference = self._old_log_probs(batch, version=version, always=True), self._reference_log_probs(batch)
         everywhere = NamedSharding(self._mesh, PartitionSpec())
         paid = parallel.compiled(kl_penalties, everywhere, estimator=s.loss.objective.kl_estimator)(old, reference, batch)
         beta = self._kl_coefficients()[flat.preference_ids[flat.prompt_index]]
         return dataclasses.replace(signals, rewards=signals.rewards - beta * np.asarray(jax.device_get(paid)).reshape(-1))
-
-    def _preference_weights(self, trained: TrainBatch, diagnostics: Any) -> np.ndarray:
-        """[K] float64: what the advantages of each preference group are multiplied with."""
-        ids = trained.preference_ids[trained.prompt_index][trained.valid]
-        counts = np.bincount(ids, minlength=self._settings.num_preference_groups).astype(np.int32)
-        found = preference_weights.weights(self._settings.preference_weights, np.asarray(diagnostics.history_mean), counts)
-        return np.asarray(jax.device_get(found), np.float64)
 
     def _kl_coefficients(self) -> np.ndarray:
         """[K] float32; zeros where no KL is paid."""

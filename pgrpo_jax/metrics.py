@@ -1,101 +1,20 @@
 """Floor 5: what the numbers of a run mean: unit, healthy range, and the sentences that are drawn from them.
 
-The records themselves are kept by `run_directory.py` and shown by `console.py` and `report.py`; docs/metrics.md holds the same table.
+The records themselves are kept by `run_directory.py` and shown by `console.py` and `report.py`; `metric_table.py` lists their keys.
 """
 
 import math
 import re
-from typing import Any, Mapping, NamedTuple, Sequence
+from typing import Any, Mapping, Sequence
 
 ON_POLICY_LOSS = 1e-3
 """Below this a loss looks like 0 to a person."""
+MOSTLY = 0.99
+"""From this share of tokens on a clip or a mask leaves almost nothing."""
 FORMAT_LEARNED_RATE = 0.9
 """A policy that answers this share of prompts has learned the format."""
 FORMAT_LEARNED_RISE = 0.1
 """So has one whose answer rate rose by this much."""
-
-
-class Metric(NamedTuple):
-    """One key of a step's record; "{p}" in its name stands for the number of a preference group."""
-
-    name: str
-    unit: str
-    healthy: str
-    meaning: str
-
-
-METRICS = (
-    Metric("step", "updates", "rises by 1", "updates done, the key of the record"),
-    Metric("wall_secs", "s", "rises", "wall time since the first start, resumes included"),
-    Metric("reward", "reward", "rises, then levels off", "mean reward of the step's completions"),
-    Metric("reward_std", "reward", "> 0", "population deviation of the step's rewards"),
-    Metric("answered", "share", "rises to >= 0.9", "completions that name exactly one candidate"),
-    Metric("preference_group/{p}/reward", "reward", "no preference group falls while others rise", "mean reward of its completions"),
-    Metric("preference_group/{p}/count", "completions", "follows the size of the preference group", "its completions in the batch"),
-    Metric("preference_group/{p}/advantage_scale", "ratio", "0.5 to 2; 0 while its history is cold",
-           "sigma_G / sigma_p of Corollary 3.1, mean over its completions"),
-    Metric("preference_group/{p}/bias", "deviations", "-1 to 1, falls back to 0",
-           "(mu_G - mu_p) / sigma_p of Corollary 3.1, mean over its completions"),
-    Metric("preference_group/{p}/history_count", "rewards", "rises", "past rewards its history holds, this step's not included"),
-    Metric("preference_group/{p}/history_mean", "reward", "follows its reward, later", "mean of its history, before this step"),
-    Metric("preference_group/{p}/history_std", "reward", "above algorithm.std_floor", "deviation of its history, before this step"),
-    Metric("advantage_scale", "ratio", "0.5 to 2", "scale term of Corollary 3.1, mean over completions; under grpo, what p_grpo would do"),
-    Metric("advantage_bias", "deviations", "-1 to 1",
-           "bias-correction term of Corollary 3.1, mean over completions; under grpo, what p_grpo would do"),
-    Metric("advantage_mean", "deviations", "0 under GRPO; positive while reward rises under P-GRPO", "mean advantage of the completions"),
-    Metric("advantage_std", "deviations", "0.3 to 2", "deviation of the advantages"),
-    Metric("ratio", "ratio", "1 on-policy; 0.9 to 1.1 otherwise", "pi / pi_old of the sampled tokens, mean over tokens"),
-    Metric("old_kl", "nats/token", "0 on-policy; below 0.05 otherwise",
-           "k3 estimate of KL(old policy, policy): how far the policy moved off its data"),
-    Metric("kl", "nats/token", "0 to 0.1; above 1 the policy has left the reference",
-           "k3 estimate of KL(policy, reference); none without a reference"),
-    Metric("clip_fraction", "share", "0 on-policy; below 0.3 otherwise", "tokens whose gradient the clipped ratio removes"),
-    Metric("entropy", "nats/token", "falls slowly; near 0 it has collapsed", "entropy of the policy on sampled tokens"),
-    Metric("grad_norm", "norm", "> 0, no spikes of 10x", "global gradient norm before clipping"),
-    Metric("loss", "objective", "about minus advantage_mean: near 0 is normal", "value of the loss; its gradient is what trains"),
-    Metric("learning_rate", "1", "follows the schedule", "step size of the update"),
-    Metric("length", "tokens", "steady; no drift to 1 or to the limit", "mean completion length, stop token included"),
-    Metric("truncated", "share", "falls towards 0", "completions that ran out of tokens"),
-    Metric("staleness", "updates", "below staleness.accept", "mean of step - weight version over completions"),
-    Metric("controller/reissued", "units", "0 without faults", "units of work issued again after a loss, since the record before"),
-    Metric("controller/lease_expired", "units", "0; else raise lease_secs",
-           "units whose actor took longer than lease_secs, since the record before"),
-    Metric("controller/duplicates", "units", "0 without faults",
-           "results that came twice or that nothing had asked for, since the record before"),
-    Metric("controller/dropped", "units", "0 to a tenth of those trained on",
-           "finished units that became too old, since the record before; 0 under deterministic"),
-    Metric("controller/version_gap", "updates", "0 on-policy; below staleness.accept otherwise",
-           "newest published version minus the oldest one the step trained on"),
-    Metric("mismatch/mean", "nats/token", "below 0.01", "mean |log-prob of sampler - log-prob of learner|"),
-    Metric("mismatch/max", "nats/token", "below 0.5", "largest |log-prob of sampler - log-prob of learner|"),
-    Metric("tokens_per_sec", "tokens/s", "steady after the first step", "tokens sampled for each second generating"),
-    Metric("generation_secs", "s", "steady after the first step", "wall time generating and scoring"),
-    Metric("update_secs", "s", "steady after the first step", "wall time of the update"),
-    Metric("wait_secs", "s", "small beside the update where actors work meanwhile", "wall time the learner waited for rollouts"),
-    Metric("publish_secs", "s", "small beside the update", "wall time of handing new weights to the actors"),
-    Metric("checkpoint_secs", "s", "small beside the update", "wall time the loop waited for checkpoints"),
-    Metric("dead_prompts", "share", "below 0.5 under GRPO", "prompts whose completions all got one reward: no signal under GRPO"),
-)
-
-_BY_NAME = {metric.name: metric for metric in METRICS}
-
-
-def describe(key: str) -> Metric:
-    """Returns the meaning of one key of a step's record.
-
-    Args:
-        key: a name such as "kl" or "preference_group/3/reward".
-
-    Returns:
-        The `Metric` that describes it.
-
-    Raises:
-        ValueError: the key has no description.
-    """
-    name = re.sub(r"^preference_group/\d+/", "preference_group/{p}/", key)
-    if name not in _BY_NAME:
-        raise ValueError(f"metric {key!r} has no description; add it to METRICS in pgrpo_jax/metrics.py and to docs/metrics.md")
-    return _BY_NAME[name]
 
 
 def finite(value: Any) -> float | None:
@@ -165,22 +84,47 @@ def spread(samples: Sequence[Mapping[str, Any]], limit: int) -> list[Mapping[str
 def health(record: Mapping[str, Any]) -> str | None:
     """Answers "the loss is 0, is it broken?" in one sentence.
 
-    With one on-policy pass every probability ratio is 1, so the loss is minus the mean advantage: 0 under GRPO, whatever is learned.
+    A gradient of 0 teaches nothing, whatever the loss; the sentence names the first cause that the record shows. A loss near 0 with a
+    gradient is normal: with one on-policy pass every probability ratio is 1, so the loss is minus the mean advantage, which is 0 where
+    advantages add up to 0 for each prompt (grpo, dr_grpo, rloo, scale-only) or over the batch (reinforce_pp), whatever is learned.
 
     Args:
         record: a step's metrics.
 
     Returns:
-        The sentence, or None where the loss does not look like 0.
+        The sentence, or None where the loss does not look like 0 and there is a gradient, or where neither is known.
     """
     loss, norm = finite(record.get("loss")), finite(record.get("grad_norm"))
+    if norm == 0.0:
+        what = "the gradient is" if loss is not None and abs(loss) >= ON_POLICY_LOSS else "loss and gradient are"
+        return f"{what} 0: this step taught nothing ({_why_nothing(record)})"
     if loss is None or abs(loss) >= ON_POLICY_LOSS:
         return None
-    if norm == 0.0:
-        dead = number(record.get("dead_prompts"), digits=2)
-        return f"loss and gradient are 0: this step taught nothing (share of prompts whose completions all got one reward: {dead})"
+    clipped = finite(record.get("clip_fraction")) or 0.0
+    if clipped >= MOSTLY:
+        return (f"the loss is near 0 and {clipped:.0%} of the tokens are clipped: almost nothing is left to learn from; "
+                "lower optimiser.learning_rate or learner.passes_per_batch")
     return ("a loss near 0 is expected, not broken: with one on-policy pass its value is only minus the mean advantage; "
             "watch grad_norm (above 0) and reward (rising)")
+
+
+def _why_nothing(record: Mapping[str, Any]) -> str:
+    """The first cause of a gradient of 0 that a record shows, and what to do about it."""
+    def at(key: str, value: float) -> bool:
+        return (known := finite(record.get(key))) is not None and abs(known - value) < 1e-6
+
+    dead = f"share of prompts whose completions all got one reward: {number(record.get('dead_prompts'), digits=2)}"
+    causes = (
+        ("reward" in record and finite(record["reward"]) is None, "no completion was left: every reward failed; read verdicts.jsonl"),
+        (at("length", 0.0), "every completion is empty: see the prompts and the stop tokens"),
+        (at("truncated", 1.0), "every completion ran out of tokens, and truncated ones may be masked: raise generation.max_new_tokens"),
+        (at("informative_prompts", 0.0), f"no prompt was informative; {dead}; give easier or more varied prompts"),
+        (at("correction/weight", 0.0), "the importance correction dropped every token: sampler and learner disagree, see mismatch/p95"),
+        (at("clip_fraction", 1.0), "every token is clipped: lower optimiser.learning_rate or learner.passes_per_batch"),
+        (at("reward_std", 0.0), f"every reward of the step is {number(record.get('reward'))}: see whether the task tells answers apart"),
+        (at("advantage_std", 0.0) and at("advantage_mean", 0.0), f"every advantage is 0; {dead}"),
+    )
+    return next((said for holds, said in causes if holds), dead)
 
 
 def verdict(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:

@@ -80,6 +80,7 @@ def _page(runs: Sequence[Run]) -> str:
          "\u2192 mean of the last.", sections.learning_curves(runs)),
         ("Preference by preference", "Who gains and who is left behind, and how far P-GRPO's advantage is from GRPO's.",
          sections.preference_panels(runs)),
+        ("Alarms", "What fell, collapsed or drifted while training; value and bound as last recorded.", sections.alarms(runs)),
         ("Where the time went", "Wall time of each run; the rest is start, compilation and evaluation.", sections.time_split(runs)),
         ("What the policy said", "Samples of the first and the last recorded update, highest advantage first.", sections.samples(runs)),
         ("Configurations", "Only the keys that differ are compared; each run's whole configuration is folded away below.",

@@ -6,17 +6,24 @@ from typing import Any, Mapping, Sequence
 
 import numpy as np
 
-from pgrpo_jax import charts, metrics, report_page as html
+from pgrpo_jax import alarms as recorded, charts, metric_table, metrics, report_page as html
 
 _CURVES = (
-    ("reward", "Reward of the sampled completions"), ("answered", "Completions that are an answer"),
+    ("reward", "Reward of the sampled completions"), ("worst_reward", "Reward of the worst preference group"),
+    ("cvar", "Reward of the worst fifth of the prompts"), ("gap", "Reward of the best preference group minus the worst"),
+    ("answered", "Completions that are an answer"),
     ("entropy", "Entropy of the policy"), ("kl", "KL to the reference policy"), ("length", "Length of a completion"),
     ("truncated", "Completions cut off by the token limit"), ("grad_norm", "Gradient norm before clipping"),
-    ("dead_prompts", "Prompts with all rewards equal"), ("tokens_per_sec", "Speed of generation"),
+    ("dead_prompts", "Prompts with all rewards equal"), ("duplicates", "Completions that repeat another one of their prompt"),
+    ("gradient_cosine/min", "Smallest cosine between two preference groups' gradients"),
+    ("tokens_per_sec", "Speed of generation"),
 )
 _PANELS = (
     ("reward", "Reward", None), ("advantage_scale", "Advantage scale: \u03c3_G / \u03c3_p of Corollary 3.1, dashed = as GRPO", 1.0),
     ("bias", "Advantage bias: (\u03bc_G \u2212 \u03bc_p) / \u03c3_p of Corollary 3.1, dashed = as GRPO", 0.0),
+    ("signal_share", "Share of the signal: \u03a3|advantage| over that of all", None),
+    ("gradient_share", "Share of the gradient: \u27e8g_p, g\u27e9 / |g|\u00b2, below 0 = pushed back", 0.0),
+    ("entropy", "Entropy of the policy", None),
 )
 _SECONDS = ("generation_secs", "update_secs", "checkpoint_secs")
 _TIME_NAMES = ("generating", "updating", "waiting for checkpoints", "rest")
@@ -156,7 +163,7 @@ def learning_curves(runs: Sequence[Run]) -> html.Markup:
     for key, title in _CURVES:
         lines = [_line(run, key) for run in runs]
         if any(np.isfinite(line.values).any() for line in lines):
-            figure = html.image(charts.curves(lines, unit=metrics.describe(key).unit), title)
+            figure = html.image(charts.curves(lines, unit=metric_table.describe(key).unit), title)
             ends = html.joined([_ends(run, line) for run, line in zip(runs, lines)])
             cards.append(html.tag("div", html.tag("h3", title), html.tag("div", ends, css="soft small"), figure, css="card"))
     return html.tag("div", *cards, css="grid") if cards else html.Markup()
@@ -176,16 +183,31 @@ def _short(value: float) -> str:
 
 
 def preference_panels(runs: Sequence[Run]) -> html.Markup:
-    """Returns small charts of reward, advantage scale and bias for each preference group."""
+    """Returns small charts for each preference group: what it earns, what P-GRPO does to it, and its share of what trains."""
     numbers = sorted({p for run in runs for record in run.steps for p in metrics.preference_groups(record)}, key=int)
     cards = []
     for key, title, reference in _PANELS:
         titled = [(f"preference group {p}", [_line(run, f"preference_group/{p}/{key}") for run in runs]) for p in numbers]
         if any(np.isfinite(line.values).any() for _, lines in titled for line in lines):
-            unit = metrics.describe(f"preference_group/0/{key}").unit
+            unit = metric_table.describe(f"preference_group/0/{key}").unit
             figure = html.image(charts.panels(titled, unit=unit, reference=reference), title)
             cards.append(html.tag("div", html.tag("h3", title), figure, css="card"))
     return html.joined(cards)
+
+
+def alarms(runs: Sequence[Run]) -> html.Markup:
+    """Returns the alarms of each run, from the update that raised one to the update that ended it; a line where a run had none."""
+    cards = []
+    for run in runs:
+        rows = [
+            [html.tag("code", alarm["key"]), alarm["since"], "still on" if until is None else until, metrics.number(alarm.get("value")),
+             metrics.number(alarm.get("bound")), alarm["remedy"]]
+            for alarm, until in recorded.episodes(run.steps)
+        ]  # fmt: skip
+        caption = html.joined([html.dot(run.colour), html.tag("b", run.name), "" if rows else ": no alarm"])
+        header = ("alarm", "raised at update", "ended at", "value", "bound", "what to do")
+        cards.append(html.tag("div", html.table(header, rows, numeric=(1, 2, 3, 4), caption=caption) if rows else caption, css="card"))
+    return html.joined(cards) if any("alarms" in record for run in runs for record in run.steps) else html.Markup()
 
 
 def time_split(runs: Sequence[Run]) -> html.Markup:

@@ -222,7 +222,7 @@ def learner_settings(config: Any, tokenizer: Tokenizer) -> LearnerSettings:
         preference_weights=algorithm.preference_weights(config),
         kl=kl_control(config),
         proximal=a.proximal,
-        relabelled=bool(config.replay.path),
+        gradients_every=config.metrics.gradients_every,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from pgrpo_jax import evaluate, settings
+from pgrpo_jax.alarms import Watch
 from pgrpo_jax.console import Console
 from pgrpo_jax.controller import Controller
 from pgrpo_jax.deployment import deploy
@@ -69,6 +70,9 @@ class Run:
         )
         engine.publish(learner)
         secs = {"checkpoint_secs": 0.0}
+        watch = Watch()
+        for record in self.directory.metrics():  # so that a resumed run raises the alarms of one that was never stopped
+            watch.step(record)
         while learner.step < config.num_steps:
             with timed(secs, "wait_secs"):
                 rollouts = gather(controller, engine, learner.step, stop=self._stop, phase="training")
@@ -80,7 +84,8 @@ class Run:
                 engine.publish(learner)
             issue(controller, engine, learner.step)
             record = {"step": learner.step} | metrics | secs | {"wall_secs": self.wall_secs()}
-            record |= controller.metrics() | generation_metrics(rollouts)
+            record |= controller.metrics() | generation_metrics(rollouts, num_preference_groups=settings.num_preference_groups(config))
+            record["alarms"] = [alarm._asdict() for alarm in watch.step(record)]
             samples = samples_of(rollouts, advantages, step=learner.step)
             # The step goes on record before its checkpoint: a committed step is never missing from the records.
             self.directory.write_step(record, samples, rollouts)

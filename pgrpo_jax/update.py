@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pgrpo_jax import parallel
 from pgrpo_jax.algorithms import importance, objective, regularisers
@@ -103,26 +104,28 @@ def loss_sums(
     kl_coefficients: chex.Array,
     old_log_probs: chex.Array | None,
     reference_log_probs: chex.Array | None,
-) -> tuple[chex.Array, tuple[dict[str, chex.Array], dict[str, chex.Array]]]:
-    """The objective over one slice of a batch, as sums that add up over slices.
+) -> tuple[chex.Array, tuple[chex.Array, dict[str, chex.Array], chex.Array]]:
+    """The objective over one slice of a batch, as a sum and its count that add up over slices.
 
     Args:
         params: the policy's parameters.
-        batch: prompts [P, Tp] and completions [N, Tc].
+        batch: prompts [P, Tp] and completions [N, Tc], those of a prompt together and equally many for each.
         advantages: [N] float.
         kl_coefficients: [K] float, beta of each preference group.
         old_log_probs: [N, Tc], or None where pi_old is the policy itself: then it is its stopped gradient.
         reference_log_probs: [N, Tc], or None where no KL is paid in the loss.
 
     Returns:
-        (loss sum, (sums, gaps)). `sums` add up over slices: scalars, with `count` to divide the loss by and `token_count` to divide
-        the others by, and [K] sums by preference group. `gaps` are |differences of log-probs| [N, Tc], -1 where nothing is counted.
+        (loss sum, (count to divide it by, sums, gaps)). `sums` are [N], over the tokens of each completion, see `objective.policy_loss`.
+        `gaps` are |differences of log-probs| [N, 2, Tc], old policy to sampler and policy to old policy, -1 where nothing is counted.
     """
     log_probs, entropies = score(model, params, batch, settings.support)
     fixed = jax.lax.stop_gradient(log_probs)
     old = fixed if old_log_probs is None else old_log_probs
     behaviour = batch.behaviour_log_probs.astype(log_probs.dtype)
-    preference_ids = jnp.take(batch.preference_ids, batch.prompt_index)
+    # The rows of a prompt lie together, equally many for each: spreading needs no exchange between devices, looking up would.
+    per_prompt = batch.valid.shape[0] // batch.prompts.shape[0]
+    preference_ids = jnp.broadcast_to(batch.preference_ids[:, None], (batch.prompts.shape[0], per_prompt)).reshape(-1)
     loss, count, sums = objective.policy_loss(
         log_probs,
         old,
@@ -138,17 +141,8 @@ def loss_sums(
         num_prompts=batch.prompts.shape[0],
     )
     counted = batch.completion_mask & batch.valid[:, None]
-
-    def by_preference(values: chex.Array) -> chex.Array:
-        of_completion = jnp.sum(jnp.where(counted, values, 0), axis=1, dtype=values.dtype)
-        return segment_sum(of_completion, preference_ids, batch.valid, settings.num_preference_groups)
-
-    sums |= {"count": count, "by_preference/token_count": by_preference(jnp.ones_like(fixed))}
-    sums |= {"by_preference/entropy": by_preference(jax.lax.stop_gradient(entropies))}
-    if reference_log_probs is not None:
-        sums |= {"by_preference/kl": by_preference(regularisers.k3(fixed, jnp.where(counted, reference_log_probs, fixed)))}
-    gaps = {"mismatch": jnp.where(counted, jnp.abs(old - behaviour), -1), "old_gap": jnp.where(counted, jnp.abs(fixed - old), -1)}
-    return loss, (sums, jax.lax.stop_gradient(gaps))
+    gaps = jnp.where(counted[:, None], jnp.abs(jnp.stack([old - behaviour, fixed - old], axis=1)), -1)
+    return loss, (count, sums, jax.lax.stop_gradient(gaps))
 
 
 def accumulate(params, model, settings, batch, advantages, kl_coefficients, old_log_probs, reference_log_probs):
@@ -159,7 +153,7 @@ def accumulate(params, model, settings, batch, advantages, kl_coefficients, old_
         kl_coefficients: [K] float.
 
     Returns:
-        (gradient of the loss, the loss = loss sum / count, sums, gaps with the axis of micro-batches).
+        (gradient of the loss, the loss = loss sum / count; sums and gaps with the axis of micro-batches).
     """
     gradient = jax.value_and_grad(loss_sums, has_aux=True)
     parts = (batch, advantages, old_log_probs, reference_log_probs)
@@ -169,16 +163,13 @@ def accumulate(params, model, settings, batch, advantages, kl_coefficients, old_
         return params, model, settings, of_batch, of_advantages, kl_coefficients, old, reference
 
     def add(carry, part):
-        (new_loss, (new_sums, gaps)), new_grads = gradient(*arguments(part))
-        return jax.tree.map(jnp.add, carry, (new_grads, new_loss, new_sums)), gaps
+        (new_loss, (new_count, sums, gaps)), new_grads = gradient(*arguments(part))
+        return jax.tree.map(jnp.add, carry, (new_grads, new_loss, new_count)), (sums, gaps)
 
-    # The shapes of the forward pass tell all: tracing the gradient for them as well would double the time to trace.
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
-    shapes = jax.eval_shape(lambda part: loss_sums(*arguments(part)), one)
-    loss, (sums, _) = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    (grads, loss, sums), gaps = jax.lax.scan(add, (jax.tree.map(jnp.zeros_like, params), loss, sums), parts)
-    count = jnp.maximum(sums["count"], jnp.ones_like(sums["count"]))
-    return jax.tree.map(lambda g: g / count.astype(g.dtype), grads), loss / count.astype(loss.dtype), sums, gaps
+    zero = jnp.zeros((), advantages.dtype)
+    (grads, loss, count), (sums, gaps) = jax.lax.scan(add, (jax.tree.map(jnp.zeros_like, params), zero, zero), parts)
+    count = jnp.maximum(count, jnp.ones_like(count))
+    return jax.tree.map(lambda g: g / count.astype(g.dtype), grads), loss / count, sums, gaps
 
 
 def update(
@@ -203,32 +194,47 @@ def update(
         tokens; and "by_preference/…" [K], means over the tokens of each preference group).
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
+    rows = NamedSharding(state.step.sharding.mesh, PartitionSpec(None, parallel.ROWS))
     static = {"model": model, "settings": settings, "optimiser_settings": optimiser_settings}
-    step = parallel.compiled(_step, (shardings, None), donate_argnums=(0,), **static)
-    return step(state, batch, advantages, old_log_probs, reference_log_probs)
+    step = parallel.compiled(_step, (shardings, None, rows), donate_argnums=(0,), **static)
+    state, metrics, measured = step(state, batch, advantages, old_log_probs, reference_log_probs)
+    # A program of its own, after the one that trains: its exchange between devices must not mix with that of the gradients.
+    everywhere = state.step.sharding
+    measure = parallel.compiled(_measure, everywhere, everywhere=everywhere, num_preference_groups=settings.num_preference_groups)
+    return state, metrics | measure(*measured, batch.preference_ids)
 
 
 def _step(state, batch, advantages, old_log_probs, reference_log_probs, *, model, settings, optimiser_settings):
     kl_coefficients = state.objective.get("kl_coefficients", jnp.zeros(settings.num_preference_groups, advantages.dtype))
     fixed = (batch, advantages, kl_coefficients, old_log_probs, reference_log_probs)
-    grads, loss, sums, gaps = accumulate(state.trainable, model, settings, *fixed)
+    grads, loss, *measured = accumulate(state.trainable, model, settings, *fixed)
     changes, optimiser_state = make_optimiser(optimiser_settings).update(grads, state.optimiser, state.trainable)
-    means = _means(sums)
-    metrics = {"clip_fraction": means.pop("clipped")} | means | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-    for name, values in gaps.items():
+    state = state.replace(trainable=optax.apply_updates(state.trainable, changes), optimiser=optimiser_state)
+    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}, measured
+
+
+def _measure(sums, gaps, preference_ids, *, everywhere, num_preference_groups):
+    """Means over the tokens that count, of the batch and of each preference group (NaN where it has none); spread of the gaps."""
+    size = len(sums)
+    # In one piece: several exchanges at once could wait for each other.
+    columns = jnp.concatenate([jnp.stack(list(sums.values()), axis=-1), gaps.reshape(*gaps.shape[:2], -1)], axis=-1)
+    columns = jax.lax.with_sharding_constraint(columns, everywhere)
+    gaps = columns[..., size:].reshape(gaps.shape)
+    rows = dict(zip(sums, jnp.moveaxis(columns[..., :size], -1, 0).reshape(size, -1)))
+    ids = jnp.repeat(jax.lax.with_sharding_constraint(preference_ids, everywhere).reshape(-1), columns[..., 0].size // preference_ids.size)
+    tokens = jnp.maximum(jnp.sum(rows["token_count"]), 1)
+    metrics = {name: jnp.sum(values) / tokens for name, values in rows.items() if name != "token_count"}
+    metrics["clip_fraction"] = metrics.pop("clipped")
+    everyone = jnp.ones_like(ids, dtype=bool)
+    counts = segment_sum(rows["token_count"], ids, everyone, num_preference_groups)
+    for name in ("entropy", "kl"):
+        if name in rows:
+            total = segment_sum(rows[name], ids, everyone, num_preference_groups)
+            metrics[f"by_preference/{name}"] = jnp.where(counts > 0, total / jnp.maximum(counts, 1), jnp.nan)
+    for place, name in enumerate(("mismatch", "old_gap")):
+        values = gaps[:, :, place]
         metrics |= {f"{name}/{key}": value for key, value in importance.gap_statistics(values, values >= 0).items()}
-    return state.replace(trainable=optax.apply_updates(state.trainable, changes), optimiser=optimiser_state), metrics
-
-
-def _means(sums: dict[str, chex.Array]) -> dict[str, chex.Array]:
-    """Sums over tokens, divided by the tokens: of the batch, and of each preference group (NaN where it has none)."""
-    counts = {"by_preference/": sums["by_preference/token_count"], "": sums["token_count"]}
-
-    def mean(name: str, total: chex.Array) -> chex.Array:
-        tokens = counts["by_preference/" if name.startswith("by_preference/") else ""]
-        return jnp.where(tokens > 0, total / jnp.maximum(tokens, jnp.ones_like(tokens)).astype(total.dtype), jnp.nan if tokens.ndim else 0)
-
-    return {name: mean(name, total) for name, total in sums.items() if not name.endswith("count")}
+    return metrics
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

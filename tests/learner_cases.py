@@ -13,16 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgrpo_jax import parallel
-from pgrpo_jax.algorithms import reward_history
-from pgrpo_jax.algorithms.advantages import ESTIMATORS
+from pgrpo_jax import kl_control
+from pgrpo_jax.algorithms import presets, reward_history
+from pgrpo_jax.algorithms.advantages import AdvantageSettings
+from pgrpo_jax.algorithms.objective import Objective
 from pgrpo_jax.checkpoints import Checkpoints
 from pgrpo_jax.generation.sampler import Support
-from pgrpo_jax.learner import Learner, LearnerSettings, initial_state
+from pgrpo_jax.curation import Curation
+from pgrpo_jax.learner import Learner, LearnerSettings
 from pgrpo_jax.models import transformer
 from pgrpo_jax.models.families import ModelConfig, parameter_shapes
 from pgrpo_jax.schedule import Schedule
 from pgrpo_jax.structs import Prompt, Rollouts, TrainBatch, Work
-from pgrpo_jax.update import ObjectiveSettings, OptimiserSettings
+from pgrpo_jax.train_state import initial_state
+from pgrpo_jax.update import LossSettings, OptimiserSettings
 
 P, G, TP, TC, V, K = 8, 4, 6, 5, 32, 3
 PAD = 0
@@ -31,13 +35,13 @@ CONFIG = ModelConfig(
     rope_theta=10000.0, norm_epsilon=1e-5, tied_embeddings=True,
 )  # fmt: skip
 MODEL = transformer.Transformer(CONFIG)
-OBJECTIVE = ObjectiveSettings(clip_low=0.2, clip_high=0.2, kl_coefficient=0.0, support=Support())
+LOSS = LossSettings(objective=Objective(max_length=TC), support=Support(), num_preference_groups=K)
 OPTIMISER = OptimiserSettings(
     learning_rate=3e-3, schedule="linear", warmup_steps=0, num_updates=60, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.01, clip_norm=1.0
 )
 SETTINGS = LearnerSettings(
     num_steps=20, schedule=Schedule(), num_preference_groups=K, completions_per_prompt=G, micro_batches=1, passes_per_batch=1,
-    pad_id=PAD, objective=OBJECTIVE, optimiser=OPTIMISER, weights_dtype="float32",
+    pad_id=PAD, loss=LOSS, optimiser=OPTIMISER, weights_dtype="float32", curation=Curation(prompts_per_step=P, max_new_tokens=TC),
 )  # fmt: skip
 
 
@@ -105,12 +109,16 @@ def leaf_at(tree, path):
     return functools.reduce(lambda node, entry: node[entry.key], path, tree)
 
 
+def estimator(preset: str = "p_grpo", **changes) -> AdvantageSettings:
+    """The advantage settings of a preset in these tests."""
+    chosen = presets.PRESETS[preset]
+    return AdvantageSettings(**{"baseline": chosen.baseline, "scale": chosen.scale, "min_count": 8.0} | changes)
+
+
 @functools.cache
-def kernel(preset: str = "p_grpo", num_devices: int = 1, prompts: int = P):
+def kernel(settings: AdvantageSettings = estimator(), num_devices: int = 1, prompts: int = P):
     """The advantage kernel of the tests' learners; made once, because each one compiles."""
-    return parallel.advantage_kernel(
-        ESTIMATORS[preset], jax.devices()[:num_devices], num_prompts=prompts, epsilon=1e-6, std_floor=1e-3, min_count=8
-    )
+    return parallel.advantage_kernel(settings, jax.devices()[:num_devices], num_prompts=prompts)
 
 
 def learner(
@@ -120,13 +128,17 @@ def learner(
     """A learner of the tiny model that saves in `directory`; `changes` replace fields of `SETTINGS`."""
     mesh = parallel.make_mesh(jax.devices()[:num_devices], fsdp=fsdp, tp=tp)
     base = functools.partial(params, "policy", dtype, model.config)
+    settings = dataclasses.replace(SETTINGS, **changes)
     return Learner(
         model,
-        initial_state(base(), reward_history.init(K, dtype), OPTIMISER, mesh),
-        advantage_kernel=advantage_kernel or kernel(preset, num_devices),
-        settings=dataclasses.replace(SETTINGS, **changes),
+        initial_state(
+            base(), reward_history.init(K, dtype), OPTIMISER, mesh,
+            objective=kl_control.initial(settings.kl, K), keep_reference=settings.kl.coefficient > 0 and settings.kl.refresh > 0,
+        ),
+        advantage_kernel=advantage_kernel or kernel(estimator(preset), num_devices),
+        settings=settings,
         reference=reference,
         load_base=base,
         mesh=mesh,
         checkpoints=Checkpoints(directory, identity={"of": "tests"}),
-    )
+    )  # fmt: skip

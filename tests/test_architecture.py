@@ -17,12 +17,12 @@ TEXTS = CODE + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "docs").r
 FLOORS = (
     {"structs", "algorithms"},
     {"models", "generation", "tasks", "parallel", "batching", "preemption", "rollout_files", "exchange", "schedule", "verifiers"}
-    | {"digests", "weight_versions", "batch_metrics", "contributions", "batch_files"},
-    {"controller", "checkpoints", "update", "parameter_server", "gradient_shares"},
+    | {"digests", "weight_versions", "batch_metrics", "curation", "contributions", "batch_files"},
+    {"controller", "checkpoints", "update", "parameter_server", "gradient_shares", "kl_control", "train_state"},
     {"actor", "learner"},
     {"engines"},
     {"train", "evaluate", "deployment", "assembly", "settings", "placement", "metrics", "run_directory", "step_records", "console"}
-    | {"report", "report_sections", "report_page", "charts"}
+    | {"report", "report_sections", "report_page", "charts", "alarms", "metric_table", "algorithm_settings"}
     | {"microscope", "microscope_measures", "microscope_charts", "microscope_page", "record", "histories"},
 )
 # importer -> what it may import on its own floor
@@ -33,19 +33,32 @@ SAME_FLOOR = {
     "parallel": {"models"},
     "digests": {"parallel"},
     "weight_versions": {"digests"},
+    "curation": {"batching"},
     "gradient_shares": {"update"},
+<<<<<<< HEAD
+    "histories": {"algorithm_settings", "assembly", "microscope", "run_directory", "settings"},
     "record": {"assembly", "settings", "run_directory"},
     "train": {"deployment", "settings", "evaluate", "step_records", "console"},
+=======
+    "train_state": {"update"},
+    "settings": {"algorithm_settings"},
+    "train": {"deployment", "settings", "evaluate", "step_records", "console", "alarms"},
+>>>>>>> 2c7906cedaa6306218bc56959c1943cfd35722a3
     "evaluate": {"deployment", "settings", "run_directory", "console"},
     "deployment": {"assembly", "placement", "run_directory"},
     "placement": {"settings"},
-    "assembly": {"settings"},
-    "console": {"metrics"},
+    "assembly": {"settings", "algorithm_settings"},
+    "alarms": {"metrics"},
+    "console": {"metrics", "alarms"},
     "report": {"report_sections", "report_page", "run_directory"},
+<<<<<<< HEAD
     "report_sections": {"report_page", "charts", "metrics"},
     "microscope_measures": {"microscope"},
     "microscope_charts": {"charts"},
     "microscope_page": {"microscope", "microscope_measures", "microscope_charts", "charts", "report_page", "metrics"},
+=======
+    "report_sections": {"report_page", "charts", "metrics", "metric_table", "alarms"},
+>>>>>>> 2c7906cedaa6306218bc56959c1943cfd35722a3
 }
 ANYWHERE = {"jax", "numpy", "chex", "etils", "absl", "pgrpo_jax"}
 FLOOR_0_LIBRARIES = {"jax", "numpy", "chex", "pgrpo_jax", "dataclasses", "typing", "math", "functools"}

@@ -3,8 +3,6 @@
 import dataclasses
 import math
 
-import jax
-import jax.numpy as jnp
 import learner_cases as cases
 import numpy as np
 import pytest
@@ -20,13 +18,16 @@ def diagnostics(batch):
     rng = cases.named("diagnostics")
     preference = batch.preference_ids[batch.prompt_index]
     own = [[float(batch.rewards[i]) for i in np.flatnonzero(batch.valid) if preference[i] == p] for p in range(cases.K)]
-    floats = {name: rng.random(cases.K).astype(np.float32) for name in ("batch_std", "advantage_scale", "bias", "history_mean", "history_std")}
+    names = ("batch_std", "advantage_scale", "bias", "history_mean", "history_std")
+    floats = {name: rng.random(cases.K).astype(np.float32) for name in names}
+    effective = np.array([4.5, 0.0, 8.0], np.float32)
     counts = {"batch_count": np.array([len(r) for r in own], np.int32), "history_count": np.array([5, 0, 9], np.int32)}
-    return Diagnostics(batch_mean=np.array([np.mean(r) if r else 0 for r in own], np.float32), **counts, **floats)
+    means = np.array([np.mean(r) if r else 0 for r in own], np.float32)
+    return Diagnostics(batch_mean=means, effective_count=effective, **counts, **floats)
 
 
 def example():
-    """Preference group 2 is absent, prompt 2 has one reward, prompt 4 no completion; equal answers within and across prompts; garbage in padding."""
+    """Preference group 2 is absent, prompt 2 has one reward, prompt 4 no completion; equal answers in and across prompts; garbage."""
     rng = cases.named("batch metrics")
     batch = cases.batch("describe")
     valid, completions, mask = batch.valid.copy(), batch.completions.copy(), batch.completion_mask.copy()
@@ -52,7 +53,9 @@ def test_describe_equals_a_loop():
     metrics = batch_metrics.describe(batch, advantages, found)
     rows = [i for i in range(len(batch.valid)) if batch.valid[i]]
     preference = {i: int(batch.preference_ids[batch.prompt_index[i]]) for i in rows}
-    answers = {i: (int(batch.prompt_index[i]), tuple(int(t) for t, m in zip(batch.completions[i], batch.completion_mask[i]) if m)) for i in rows}
+    said = lambda i: tuple(int(t) for t, m in zip(batch.completions[i], batch.completion_mask[i]) if m)  # noqa: E731
+    answers = {i: (int(batch.prompt_index[i]), said(i)) for i in rows}
+    signal = lambda some: sum(abs(float(advantages[i])) for i in some)  # noqa: E731
     repeated = {i: any(answers[j] == answers[i] for j in rows if j < i) for i in rows}
     assert repeated[13] and repeated[15] and not repeated[12] and not repeated[20] and not repeated[9]
     mean = lambda values: sum(values) / len(values) if len(values) else NAN  # noqa: E731
@@ -75,16 +78,17 @@ def test_describe_equals_a_loop():
         expected |= {
             f"preference_group/{p}/reward": mean([float(batch.rewards[i]) for i in own]),
             f"preference_group/{p}/count": len(own),
-            f"preference_group/{p}/signal_share": sum(abs(float(advantages[i])) for i in own) / sum(abs(float(advantages[i])) for i in rows),
+            f"preference_group/{p}/signal_share": signal(own) / signal(rows),
             f"preference_group/{p}/length": mean([batch.completion_mask[i].sum() for i in own]),
             f"preference_group/{p}/duplicates": mean([repeated[i] for i in own]),
             f"preference_group/{p}/history_count": [5, 0, 9][p],
-            f"preference_group/{p}/effective_history_count": [5, 0, 9][p],
+            f"preference_group/{p}/effective_history_count": [4.5, 0.0, 8.0][p],
         }
         for name in ("advantage_scale", "bias", "history_mean", "history_std"):
             expected[f"preference_group/{p}/{name}"] = float(getattr(found, name)[p])
     rewarded = [expected[f"preference_group/{p}/reward"] for p in (0, 1)]
-    expected |= {"worst_preference_group": rewarded.index(min(rewarded)), "worst_reward": min(rewarded), "gap": abs(rewarded[0] - rewarded[1])}
+    expected |= {"worst_preference_group": rewarded.index(min(rewarded)), "worst_reward": min(rewarded)}
+    expected["gap"] = abs(rewarded[0] - rewarded[1])
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
@@ -94,7 +98,8 @@ def test_describe_equals_a_loop():
 
 def test_discounted_histories_count_for_less():
     batch, advantages = example()
-    metrics = batch_metrics.describe(batch, advantages, diagnostics(batch), effective_history_count=np.array([2.5, 0.0, 9.0]))
+    found = diagnostics(batch).replace(effective_count=np.array([2.5, 0.0, 9.0], np.float32))
+    metrics = batch_metrics.describe(batch, advantages, found)
     assert [metrics[f"preference_group/{p}/effective_history_count"] for p in range(3)] == [2.5, 0.0, 9.0]
     assert [metrics[f"preference_group/{p}/history_count"] for p in range(3)] == [5.0, 0.0, 9.0]
 
@@ -144,39 +149,43 @@ def test_cvar_is_the_least_over_all_thresholds():
     assert batch_metrics.cvar(rewards) == pytest.approx(-min(z + np.maximum(losses - z, 0).mean() / 0.2 for z in losses), rel=1e-12)
 
 
-def test_token_sums_add_up_over_slices_and_equal_a_loop():
-    batch, _ = example()
-    rng = cases.named("tokens")
-    entropy, kl = rng.random((2, *batch.completion_mask.shape)).astype(np.float32)
-    counted = batch.completion_mask & batch.valid[:, None]
-    expected = {name: [0.0] * cases.K for name in ("entropy", "kl", "token_count")}
-    for i, t in zip(*np.nonzero(counted)):
-        p = batch.preference_ids[batch.prompt_index[i]]
-        for name, value in (("entropy", entropy[i, t]), ("kl", kl[i, t]), ("token_count", 1.0)):
-            expected[name][p] += float(value)
-    entropy[~counted] = np.nan
-    sums = jax.jit(lambda b, e, k: batch_metrics.token_sums(b, {"entropy": e, "kl": k}, num_preference_groups=cases.K))(batch, entropy, kl)
-    halves = [slice(0, 4), slice(4, 8)]
-    rows = [slice(0, 16), slice(16, 32)]
-    parts = [batch_metrics.token_sums(cut(batch, p, r), {"entropy": jnp.array(entropy[r]), "kl": jnp.array(kl[r])}, num_preference_groups=cases.K)
-             for p, r in zip(halves, rows)]  # fmt: skip
+def measured():
+    """What an update of a policy with a reference gives; preference group 2 has no token."""
+    scalars = {"loss": -0.1, "grad_norm": 1.5, "kl": 0.02, "clip_fraction": 0.0, "mismatch/p95": 0.01, "correction": 0.75}
+    by_preference = {"entropy": np.array([1.0, 2.0, NAN], np.float32), "kl": np.array([0.5, 0.25, NAN], np.float32)}
+    return (scalars | {"correction_squared": 0.9, "correction_bounded": 0.25}
+            | {f"by_preference/{name}": values for name, values in by_preference.items()})  # fmt: skip
+
+
+def test_what_the_update_measured_is_named():
+    found = batch_metrics.of_update(measured(), np.array([0.1, 0.2, 0.6], np.float32))
+    expected = {
+        "loss": -0.1, "grad_norm": 1.5, "kl": 0.02, "clip_fraction": 0.0, "mismatch/p95": 0.01, "correction/weight": 0.75,
+        "correction/bounded": 0.25, "effective_sample_size": 0.75**2 / 0.9, "kl_coefficient": 0.3,
+    }  # fmt: skip
+    for p, (entropy, kl, beta) in enumerate([(1.0, 0.5, 0.1), (2.0, 0.25, 0.2), (NAN, NAN, 0.6)]):
+        expected |= {f"preference_group/{p}/{name}": value for name, value in (("entropy", entropy), ("kl", kl), ("kl_coefficient", beta))}
+    assert found.keys() == expected.keys() and all(type(value) is float for value in found.values())
     for name, value in expected.items():
-        np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
-        np.testing.assert_allclose(sum(part[name] for part in parts), value, rtol=1e-5, err_msg=name)
-    means = batch_metrics.token_means(jax.device_get(sums))
-    assert means.keys() == {f"preference_group/{p}/{name}" for p in range(3) for name in ("entropy", "kl")}
-    assert means["preference_group/1/kl"] == pytest.approx(expected["kl"][1] / expected["token_count"][1], rel=1e-5)
-    assert math.isnan(means["preference_group/2/kl"])
+        np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
 
 
-def cut(batch, prompts, rows):
-    by_prompt = {name: getattr(batch, name)[prompts] for name in ("prompts", "prompt_lengths", "preference_ids")}
-    by_row = {f.name: getattr(batch, f.name)[rows] for f in dataclasses.fields(batch) if f.name not in by_prompt}
-    return type(batch)(**by_prompt, **by_row | {"prompt_index": by_row["prompt_index"] - prompts.start})
+def test_the_effective_sample_size_is_the_share_of_equal_weights_that_count():
+    weights = np.array([0.0, 0.0, 2.0, 2.0])
+    sums = measured() | {"correction": weights.mean(), "correction_squared": (weights**2).mean()}
+    assert batch_metrics.of_update(sums, np.zeros(3))["effective_sample_size"] == 0.5
+    nothing = batch_metrics.of_update(measured() | {"correction": 0.0, "correction_squared": 0.0}, np.zeros(3))
+    assert nothing["effective_sample_size"] == nothing["correction/weight"] == 0.0
 
 
-def test_no_gradient_goes_through_token_sums():
-    batch, _ = example()
-    ones = jnp.ones(batch.completion_mask.shape)
-    gradient = jax.grad(lambda x: batch_metrics.token_sums(batch, {"entropy": x}, num_preference_groups=3)["entropy"].sum())(ones)
-    assert not np.any(gradient)
+def test_without_a_reference_no_kl_was_measured():
+    sums = {name: value for name, value in measured().items() if not name.endswith("kl")}
+    assert math.isnan(batch_metrics.of_update(sums, np.zeros(3))["kl"])
+
+
+@pytest.mark.parametrize("rewards, expected", [
+    ([1.0, 2.0, 1e9], 1.5), ([[1.0, 3.0], [2.0, 4.0], [1e9, 1e9]], 2.5),
+])
+def test_mean_reward_leaves_padding_out(rewards, expected):
+    assert batch_metrics.mean_reward(np.array(rewards, np.float32), np.array([True, True, False])) == expected
+    assert math.isnan(batch_metrics.mean_reward(np.array(rewards, np.float32), np.zeros(3, bool)))

@@ -133,3 +133,17 @@ def test_a_loss_of_zero_is_explained_once():
     assert text.count("a loss near 0 is expected") == 1
     text = shown([record(1, loss=1e-9), record(2, loss=0.0, grad_norm=0.0, dead_prompts=1.0)])
     assert "taught nothing" in text
+
+
+def alarm(key, since=3):
+    return {"key": key, "since": since, "value": 0.5, "bound": 0.25, "remedy": "do this"}
+
+
+def test_an_alarm_is_shown_when_it_begins_and_when_it_ends():
+    steps = [[], [alarm("a")], [alarm("a"), alarm("b", 4)], [alarm("a")], [], [alarm("a", 9)]]
+    lines = shown([record(step + 2, alarms=held) for step, held in enumerate(steps)]).splitlines()
+    said = [line.strip() for line in lines if "alarm" in line]
+    assert said == [
+        "alarm: a since step 3: 0.500 (bound 0.250): do this", "alarm: b since step 4: 0.500 (bound 0.250): do this", "alarm over: b",
+        "alarm over: a", "alarm: a since step 9: 0.500 (bound 0.250): do this",
+    ]  # fmt: skip

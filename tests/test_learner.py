@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import learner_cases as cases
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pgrpo_jax import batching, checkpoints, parallel, update
 from pgrpo_jax import learner as learners
-from pgrpo_jax.algorithms.advantages import Diagnostics
+from pgrpo_jax.kl_control import KLControl
 from pgrpo_jax.schedule import Schedule
 from pgrpo_jax.structs import Work
 
@@ -78,7 +79,7 @@ def log_probs(weights, units):
     """Log-probs of rollouts under weights, laid out as the learner does it."""
     flat = batching.to_train_batch(units, completions_per_prompt=cases.G, pad_id=cases.PAD)
     sliced = parallel.shard_rows(batching.micro_batches(flat, 1), MESH, axis=1)
-    return flat, np.asarray(update.score_slices(parallel.place(weights, parallel.layout(weights, MESH)), cases.MODEL, cases.OBJECTIVE.support, sliced))[0]
+    return flat, np.asarray(update.score_slices(parallel.place(weights, parallel.layout(weights, MESH)), cases.MODEL, cases.LOSS.support, sliced))[0]
 
 
 @pytest.mark.parametrize("reload, accept", SCHEDULES)
@@ -152,7 +153,7 @@ def test_the_reference_is_scored_only_for_a_kl(make, scored):
     units, reference = rollouts(0), cases.params("reference")
     assert np.isnan(make().update(units)[0]["kl"])
     assert scored == []
-    learner = make(reference=reference, objective=dataclasses.replace(cases.OBJECTIVE, kl_coefficient=0.1))
+    learner = make(reference=reference, kl=KLControl(coefficient=0.1))
     flat, new = log_probs(snapshot(learner.state.trainable), units)
     metrics, _ = learner.update(units)
     assert len(scored) == 1
@@ -360,16 +361,18 @@ def test_the_mesh_does_not_change_the_update(mesh, make, alone):
     expected, one = alone
     many = make(num_devices=num_devices, fsdp=fsdp, tp=tp)
     step_program = parallel.compiled(
-        update._step, (jax.tree.map(lambda x: x.sharding, many.state), None), donate_argnums=(0,),
-        model=cases.MODEL, settings=cases.OBJECTIVE, optimiser_settings=cases.OPTIMISER,
+        update._step, (jax.tree.map(lambda x: x.sharding, many.state), None, NamedSharding(many._mesh, PartitionSpec(None, parallel.ROWS))),
+        donate_argnums=(0,),
+        model=cases.MODEL, settings=cases.LOSS, optimiser_settings=cases.OPTIMISER,
     )  # fmt: skip
     layout = parallel.layout(many.state, many._mesh)
     history = cases.reward_history.init(cases.K)
     for step in range(3):
         metrics, advantages = many.update(rollouts(step))
         flat = batching.to_train_batch(rollouts(step), completions_per_prompt=cases.G, pad_id=cases.PAD)
-        rows = flat.rewards, flat.prompt_index, flat.preference_ids[flat.prompt_index], flat.valid
-        exact, history, _ = cases.kernel("p_grpo", num_devices)(*rows, history)
+        ids = flat.preference_ids[flat.prompt_index]
+        rows = flat.rewards, flat.prompt_index, ids, ids, np.zeros_like(ids), flat.valid
+        exact, history, _ = cases.kernel(cases.estimator(), num_devices)(*rows, history)
         np.testing.assert_array_equal(advantages, exact)
         np.testing.assert_allclose(advantages, expected[step][1], rtol=1e-5, atol=1e-6)
         for name, value in expected[step][0].items():
@@ -423,55 +426,3 @@ def test_a_restored_learner_goes_on_to_the_bit(make):
 def test_nothing_to_restore(make):
     learner = make()
     assert learner.restore() is False and learner.step == 0
-
-
-# --- metrics
-
-
-def test_describe_equals_a_loop():
-    """Preference group 2 is not in the batch; rows that pad hold garbage."""
-    rng = np.random.default_rng(3)
-    batch = dataclasses.replace(cases.batch("describe"), preference_ids=rng.integers(0, 2, cases.P).astype(np.int32))
-    batch.rewards[~batch.valid] = 1e9
-    batch.rewards[8:12] = 0.25  # prompt 2: all completions earn the same
-    valid = batch.valid.copy()
-    valid[16:20] = False  # prompt 4: no completion at all
-    batch = dataclasses.replace(batch, valid=valid)
-    advantages = np.where(valid, rng.normal(size=len(valid)), 77.0).astype(np.float32)
-    preference = batch.preference_ids[batch.prompt_index]
-    rows = [(float(batch.rewards[i]), float(advantages[i]), int(preference[i]), i) for i in np.flatnonzero(valid)]
-    counts = [sum(k == p for _, _, k, _ in rows) for p in range(3)]
-    floats = {name: rng.random(3).astype(np.float32) for name in ("batch_std", "advantage_scale", "bias", "history_mean", "history_std")}
-    means = np.array([np.mean([r for r, _, k, _ in rows if k == p]) if counts[p] else 0 for p in range(3)], np.float32)
-    integers = {"batch_count": np.array(counts, np.int32), "history_count": np.array([5, 0, 9], np.int32)}
-    diagnostics = Diagnostics(batch_mean=means, **integers, **floats)
-    metrics = learners.describe(batch, advantages, diagnostics)
-
-    rewards, kept = [r for r, *_ in rows], [a for _, a, *_ in rows]
-    dead = 0
-    for p in range(cases.P):
-        own = {float(batch.rewards[i]) for i in range(len(valid)) if valid[i] and batch.prompt_index[i] == p}
-        dead += len(own) <= 1
-    expected = {
-        "reward": sum(rewards) / len(rows),
-        "reward_std": np.std(rewards),
-        "advantage_mean": sum(kept) / len(rows),
-        "advantage_std": np.std(kept),
-        "advantage_scale": sum(floats["advantage_scale"][k] for _, _, k, _ in rows) / len(rows),
-        "advantage_bias": sum(floats["bias"][k] for _, _, k, _ in rows) / len(rows),
-        "dead_prompts": dead / cases.P,
-        "length": sum(batch.completion_mask[i].sum() for *_, i in rows) / len(rows),
-    }
-    for p in range(3):
-        own = [r for r, _, k, _ in rows if k == p]
-        expected |= {
-            f"preference_group/{p}/reward": sum(own) / len(own) if own else np.nan,
-            f"preference_group/{p}/count": len(own),
-            f"preference_group/{p}/history_count": [5, 0, 9][p],
-        }
-        for name in ("advantage_scale", "bias", "history_mean", "history_std"):
-            expected[f"preference_group/{p}/{name}"] = floats[name][p]
-    assert metrics.keys() == expected.keys() and counts[2] == 0 and dead >= 2
-    for name, value in expected.items():
-        assert type(metrics[name]) is float
-        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)

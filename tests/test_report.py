@@ -90,6 +90,41 @@ def test_two_runs_side_by_side(tmp_path):
     assert numeric and ".n { text-align: right" in text.replace("th.n, td.n", ".n")
 
 
+def add_steps(path, records):
+    run = RunDirectory(path)
+    run.write_config({"preset": "p_grpo", "num_steps": 9})
+    for record in records:
+        run.write_step({"wall_secs": 1.0} | record, [], [])
+    return path
+
+
+def test_alarms_are_listed_from_beginning_to_end(tmp_path):
+    held = {"key": HOSTILE, "since": 2, "value": 0.25, "bound": 0.5, "remedy": "raise it"}
+    lasting = {"key": "entropy_collapse", "since": 3, "value": None, "bound": 0.1, "remedy": "stop it"}
+    records = [{"step": step, "alarms": alarms} for step, alarms in enumerate([[], [held], [held, lasting], [lasting]], start=1)]
+    _, page = report([add_steps(tmp_path / "bad", records), add_steps(tmp_path / "good", records[:1])], tmp_path / "report.html")
+    said = re.sub(r"\s+", " ", page.text)
+    assert f"{HOSTILE} 2 4 0.250 0.500 raise it" in said and "entropy_collapse 3 still on n/a 0.100 stop it" in said
+    assert "good : no alarm" in said
+
+
+def test_a_run_recorded_before_there_were_alarms_says_nothing_of_them(tmp_path):
+    _, page = report([make_run(tmp_path / "run")], tmp_path / "report.html")
+    assert "no alarm" not in page.text and "raised at update" not in page.text
+
+
+def test_new_curves_and_panels_are_drawn_where_they_were_recorded(tmp_path):
+    keys = ("worst_reward", "cvar", "gap", "duplicates", "gradient_cosine/min")
+    records = [{"step": step, **dict.fromkeys(keys, step / 10)} for step in (1, 2)]
+    for record in records:
+        record |= {f"preference_group/{p}/{key}": 0.5 for p in (0, 1) for key in ("signal_share", "gradient_share", "entropy")}
+    _, page = report([add_steps(tmp_path / "new", records)], tmp_path / "report.html")
+    drawn = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert len(drawn) == 8 and any("Reward of the worst preference group" == alt for alt in drawn)
+    _, page = report([make_run(tmp_path / "old")], tmp_path / "report.html")
+    assert not any("gradient" in attributes["alt"] and "Share" in attributes["alt"] for tag, attributes in page.tags if tag == "img")
+
+
 def test_the_page_needs_no_network_and_no_scripts(tmp_path):
     _, page = report([make_run(tmp_path / "run")], tmp_path / "report.html")
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "svg"})

@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 import small_config
 
-from pgrpo_jax import metrics
+from pgrpo_jax import metric_table
 from pgrpo_jax.controller import COUNTERS
 from pgrpo_jax.preemption import EXIT_PREEMPTED, Stop
 from pgrpo_jax.rollout_files import load_rollouts
 from pgrpo_jax.run_directory import check_workdir, RunDirectory
-from pgrpo_jax.structs import Prompt, Rollouts, Work
 from pgrpo_jax.tasks import JUDGES, TASKS, letters
-from pgrpo_jax.step_records import generation_metrics, samples_of
 from pgrpo_jax.train import train
 
 WALL_CLOCK = {"wall_secs", "generation_secs", "wait_secs", "update_secs", "publish_secs", "checkpoint_secs", "tokens_per_sec"}
@@ -147,7 +145,8 @@ def test_eight_devices_resume_to_the_bit(tmp_path):
 
 
 def check_keys(lines):
-    assert {metrics.describe(key).name for line in lines for key in line} == {metric.name for metric in metrics.METRICS}
+    found = {metric_table.describe(key).name for line in lines for key in line}
+    assert {metric.name for metric in metric_table.METRICS if not metric.option} == found
     assert all(line.keys() == lines[0].keys() for line in lines)
 
 
@@ -268,37 +267,3 @@ def test_check_workdir(tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match=r"may not be written to: give another path"):
         check_workdir(tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def rollouts_of(index, rewards, lengths, secs):
-    """Two prompts, two completions each."""
-    prompts = tuple(Prompt(prompt_id=f"p{index}{i}", text=f"question {index}{i}", preference_id=i, facts={}) for i in range(2))
-    zeros = np.zeros((4, 3))
-    return Rollouts(
-        work=Work(index=index, step=0, version=0), prompt_records=prompts, prompts=zeros[:2].astype(np.int32),
-        prompt_lengths=np.array([3, 3], np.int32), completions=zeros.astype(np.int32), completion_lengths=np.array(lengths, np.int32),
-        prompt_index=np.array([0, 0, 1, 1], np.int32), behaviour_log_probs=zeros.astype(np.float32),
-        truncated=np.array(lengths) == 3, texts=tuple(f"answer {index}{i}" for i in range(4)), rewards=np.array(rewards, np.float32),
-        reward_components={"answered": np.array([r > 0 for r in rewards], np.float32)}, generation_secs=secs,
-    )  # fmt: skip
-
-
-UNITS = [rollouts_of(0, [0, 1, 0.5, 0], [3, 1, 2, 3], 0.5), rollouts_of(1, [0, 0, 0.25, 0], [1, 1, 1, 1], 1.5)]
-
-
-def test_generation_metrics():
-    assert generation_metrics(UNITS) == {"answered": 3 / 8, "truncated": 2 / 8, "generation_secs": 2.0, "tokens_per_sec": 13 / 2.0}
-    assert np.isnan(generation_metrics([dataclasses.replace(UNITS[0], generation_secs=0.0)])["tokens_per_sec"])
-
-
-def test_samples_of():
-    samples = samples_of(UNITS, np.arange(8.0), step=7)
-    assert json.loads(json.dumps(samples)) == samples and len(samples) == 8
-    assert samples[6] == {
-        "step": 7, "prompt_id": "p11", "preference_id": 1, "prompt": "question 11", "answer": "answer 12", "reward": 0.25,
-        "advantage": 6.0, "truncated": False,
-    }  # fmt: skip
-    with pytest.raises(ValueError):
-        samples_of(UNITS, np.arange(7.0), step=7)
-
-

@@ -15,12 +15,14 @@ from pgrpo_jax import batching, parallel
 from pgrpo_jax import update as updates
 from pgrpo_jax.algorithms import reward_history
 from pgrpo_jax.generation.scoring import score
-from pgrpo_jax.learner import initial_state
 from pgrpo_jax.models import transformer
 from pgrpo_jax.structs import TrainState
+from pgrpo_jax.train_state import initial_state
 
 QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time; the arithmetic of a program is the same
-WITH_KL = dataclasses.replace(cases.OBJECTIVE, clip_high=0.3, kl_coefficient=0.3)
+CLIP_LOW, CLIP_HIGH = 0.2, 0.3
+WITH_KL = dataclasses.replace(cases.LOSS, objective=dataclasses.replace(cases.LOSS.objective, clip_low=CLIP_LOW, clip_high=CLIP_HIGH))
+BETAS = np.array([0.3, 0.1, 0.5])  # one for each preference group
 
 
 def model(dtype) -> transformer.Transformer:
@@ -52,37 +54,46 @@ def accumulated(count: int, dtype=np.float32, settings=WITH_KL, on_policy=False,
     cut = lambda x: x.reshape(count, -1, *x.shape[1:])  # noqa: E731
     with jax.enable_x64(dtype == np.float64):
         program = jax.jit(updates.accumulate, static_argnums=(1, 2), compiler_options=QUICK)
-        parts = batching.micro_batches(batch, count), cut(advantages), None if on_policy else cut(old), cut(fixed) if reference else None
+        betas = BETAS.astype(dtype) if reference else np.zeros(cases.K, dtype)
+        parts = batching.micro_batches(batch, count), cut(advantages), betas, None if on_policy else cut(old), cut(fixed) if reference else None
         return jax.device_get(program(params, model(dtype), settings, *parts))
 
 
 def loop() -> tuple[float, dict[str, float]]:
     """Loss and token sums of the example from its log-probs, token by token."""
     _, batch, advantages, old, reference, log_probs, entropies = example(np.float64)
-    loss, sums = 0.0, dict.fromkeys(("token_count", "clip_fraction", "ratio", "kl", "entropy", "mismatch/mean"), 0.0)
-    gaps = []
+    names = ("token_count", "clipped", "ratio", "kl", "entropy", "old_kl")
+    loss, sums = 0.0, {name: np.zeros(len(batch.valid)) for name in names}
+    gaps = {"mismatch": [], "old_gap": []}
     for i in np.flatnonzero(batch.valid):
-        length = int(batch.completion_mask[i].sum())
+        length, p = int(batch.completion_mask[i].sum()), batch.preference_ids[batch.prompt_index[i]]
         for t in range(length):
             ratio, advantage, d = math.exp(log_probs[i, t] - old[i, t]), float(advantages[i]), reference[i, t] - log_probs[i, t]
-            bounded = min(max(ratio, 1 - WITH_KL.clip_low), 1 + WITH_KL.clip_high)
+            bounded = min(max(ratio, 1 - CLIP_LOW), 1 + CLIP_HIGH)
             surrogate, kl = min(ratio * advantage, bounded * advantage), math.exp(d) - d - 1
-            loss -= (surrogate - WITH_KL.kl_coefficient * kl) / length
-            gaps.append(abs(log_probs[i, t] - batch.behaviour_log_probs[i, t]))
-            values = 1, surrogate != ratio * advantage, ratio, kl, entropies[i, t], gaps[-1]
-            sums = {name: total + value for (name, total), value in zip(sums.items(), values, strict=True)}
-    return loss / batch.valid.sum(), sums | {"completion_count": batch.valid.sum(), "largest": max(gaps)}
+            loss -= (surrogate - BETAS[p] * kl) / length
+            gaps["mismatch"].append(abs(old[i, t] - batch.behaviour_log_probs[i, t]))
+            gaps["old_gap"].append(abs(log_probs[i, t] - old[i, t]))
+            old_kl = ratio - 1 - math.log(ratio)
+            values = 1, surrogate != ratio * advantage, ratio, kl, entropies[i, t], old_kl
+            for name, value in zip(names, values, strict=True):
+                sums[name][i] += value
+    tokens = sums["token_count"]
+    sums |= {"correction": tokens, "correction_squared": tokens, "correction_bounded": 0 * tokens}
+    return loss / batch.valid.sum(), sums, gaps
 
 
 def test_loss_and_sums_equal_the_loop():
-    _, loss, sums, largest = accumulated(2, np.float64)
-    expected, expected_sums = loop()
-    assert 10 < expected_sums["clip_fraction"] < expected_sums["token_count"] - 10, "the clip is active on some tokens only"
+    _, loss, sums, gaps = accumulated(2, np.float64)
+    expected, expected_sums, expected_gaps = loop()
+    assert 10 < expected_sums["clipped"].sum() < expected_sums["token_count"].sum() - 10, "the clip is active on some tokens only"
     np.testing.assert_allclose(loss, expected, rtol=1e-12)
-    np.testing.assert_allclose(largest, expected_sums.pop("largest"), rtol=1e-12)
-    assert sums.keys() == expected_sums.keys() | {"old_kl"}
+    assert sums.keys() == expected_sums.keys()
     for name, value in expected_sums.items():
-        np.testing.assert_allclose(sums[name], value, rtol=1e-11, err_msg=name)
+        np.testing.assert_allclose(sums[name].reshape(-1), value, rtol=1e-11, err_msg=name)
+    for place, (name, values) in enumerate(expected_gaps.items()):
+        found = gaps[:, :, place]
+        np.testing.assert_allclose(found[found >= 0], values, rtol=1e-10, err_msg=name)
 
 
 def directions(params):
@@ -102,11 +113,11 @@ def directions(params):
 
 def test_gradient_equals_finite_differences():
     with jax.enable_x64(True):
-        params, *parts, _, _ = example(np.float64)
+        params, batch, advantages, *fixed, _, _ = example(np.float64)
 
         def loss(at):
-            total, (sums, _) = updates.loss_sums(at, model(np.float64), WITH_KL, *parts)
-            return total / sums["completion_count"]
+            total, (divisor, *_) = updates.loss_sums(at, model(np.float64), WITH_KL, batch, advantages, BETAS, *fixed)
+            return total / divisor
 
         loss = jax.jit(loss, compiler_options=QUICK)
         gradient, *_ = accumulated(2, np.float64)
@@ -133,10 +144,10 @@ def test_slicing_is_invisible(count):
     batch = example()[1]
     per_slice = batch.valid.reshape(count, -1).sum(axis=1), batch.completion_mask.reshape(count, -1).sum(axis=1)
     assert all(len(set(values)) > 1 for values in per_slice), "means of means would differ: the slices are uneven"
-    (gradient, loss, sums, largest), (expected, *others) = accumulated(count, np.float64), accumulated(1, np.float64)
+    (gradient, *rest), (expected, *others) = accumulated(count, np.float64), accumulated(1, np.float64)
     assert relative(gradient, expected) < 1e-12
-    for found, wanted in zip(jax.tree.leaves((loss, sums, largest)), jax.tree.leaves(tuple(others)), strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    for found, wanted in zip(jax.tree.leaves(tuple(rest)), jax.tree.leaves(tuple(others)), strict=True):
+        np.testing.assert_allclose(np.reshape(found, np.shape(wanted)), wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("fsdp, tp", [(8, 1), (2, 2)])
@@ -148,19 +159,20 @@ def test_the_mesh_is_invisible(fsdp, tp):
         parts = parallel.shard_rows((batching.micro_batches(batch, 1), advantages[None], old[None], fixed[None]), mesh, axis=1)
         placed = parallel.place(params, parallel.layout(params, mesh))
         program = jax.jit(updates.accumulate, static_argnums=(1, 2), compiler_options=QUICK)
-        gradient, *rest = jax.device_get(program(placed, model(np.float64), WITH_KL, *parts))
+        sliced, weights, *fixed = parts
+        gradient, *rest = jax.device_get(program(placed, model(np.float64), WITH_KL, sliced, weights, BETAS, *fixed))
     expected, *others = accumulated(1, np.float64)
     assert relative(gradient, expected) < 1e-12
     for found, wanted in zip(jax.tree.leaves(tuple(rest)), jax.tree.leaves(tuple(others)), strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-12)
+        np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_the_policy_that_generated_is_its_own_old_policy():
     """Without old log-probs the ratio is exactly 1; the gradient is the one with the policy's own log-probs as the old ones."""
     params, batch, advantages, *_, log_probs, _ = example()
-    settings = cases.OBJECTIVE
+    settings = cases.LOSS
     gradient, _, sums, _ = accumulated(1, settings=settings, on_policy=True, reference=False)
-    assert sums["clip_fraction"] == 0 and sums["ratio"] == sums["token_count"] and "kl" not in sums
+    assert not sums["clipped"].any() and (sums["ratio"] == sums["token_count"]).all() and "kl" not in sums
     scored = updates.score_slices(params, cases.MODEL, settings.support, batching.micro_batches(batch, 2)).reshape(log_probs.shape)
     np.testing.assert_allclose(scored, log_probs, atol=5e-5)
 
@@ -284,10 +296,10 @@ def test_update_makes_one_step_and_donates_its_state(lenient):
     before = fresh()
     held = jax.tree.leaves((before.trainable, before.optimiser))
     parts = whole(batch, advantages)
-    state, scalars = updates.update(before, cases.MODEL, cases.OBJECTIVE, cases.OPTIMISER, *parts, None, None)
+    state, scalars = updates.update(before, cases.MODEL, cases.LOSS, cases.OPTIMISER, *parts, None, None)
     assert all(leaf.is_deleted() for leaf in held), "the buffers of the state are reused: memory for one state, not two"
 
-    gradient, loss, sums, largest = accumulated(1, settings=cases.OBJECTIVE, on_policy=True, reference=False)
+    gradient, loss, sums, gaps = accumulated(1, settings=cases.LOSS, on_policy=True, reference=False)
     optimiser = updates.make_optimiser(cases.OPTIMISER)
     changes, _ = jax.jit(optimiser.update)(gradient, optimiser.init(params), params)
     assert relative(jax.tree.map(lambda new, old: new - old, state.trainable, params), changes) < 1e-2  # m / sqrt(v) near g = 0 is rounding
@@ -295,10 +307,14 @@ def test_update_makes_one_step_and_donates_its_state(lenient):
     norm = float(optax.tree.norm(gradient))
     assert norm > cases.OPTIMISER.clip_norm
     assert relative(jax.tree.map(lambda m: m / (1 - cases.OPTIMISER.b1) * norm, moments), gradient) < 1e-5, "clipped to norm 1"
-    for name, expected in {"loss": loss, "grad_norm": norm, "mismatch/max": largest, "ratio": 1.0, "clip_fraction": 0.0}.items():
-        np.testing.assert_allclose(scalars[name], expected, rtol=1e-5, err_msg=name)
-    for name in ("entropy", "mismatch/mean"):
-        np.testing.assert_allclose(scalars[name], sums[name] / sums["token_count"], rtol=1e-5, err_msg=name)
+    mismatch = np.sort(gaps[:, :, 0][gaps[:, :, 0] >= 0])
+    ids = batch.preference_ids[batch.prompt_index]
+    by_preference = [np.bincount(ids, sums[name].reshape(-1), cases.K) for name in ("entropy", "token_count")]
+    expected = {"loss": loss, "grad_norm": norm, "ratio": 1.0, "clip_fraction": 0.0, "old_gap/max": 0.0}
+    expected |= {"mismatch/mean": mismatch.mean(), "mismatch/max": mismatch[-1], "mismatch/p95": mismatch[math.ceil(0.95 * len(mismatch)) - 1]}
+    expected |= {"entropy": sums["entropy"].sum() / sums["token_count"].sum(), "by_preference/entropy": by_preference[0] / by_preference[1]}
+    for name, value in expected.items():
+        np.testing.assert_allclose(scalars[name], value, rtol=1e-5, err_msg=name)
     assert int(state.step) == 0 and not np.any(state.history.count), "steps and rewards are counted by the learner"
 
 
@@ -308,7 +324,7 @@ def test_a_batch_that_only_pads_changes_nothing(lenient):
     before = fresh()
     kept = cases.params("policy")
     parts = whole(batch, np.full(cases.P * cases.G, np.nan, np.float32))
-    state, scalars = updates.update(before, cases.MODEL, cases.OBJECTIVE, cases.OPTIMISER, *parts, None, None)
+    state, scalars = updates.update(before, cases.MODEL, cases.LOSS, cases.OPTIMISER, *parts, None, None)
     assert scalars["loss"] == 0 and scalars["grad_norm"] == 0
     decay = 1 - cases.OPTIMISER.learning_rate * cases.OPTIMISER.weight_decay
     np.testing.assert_allclose(state.trainable["embedding"], decay * kept["embedding"], rtol=1e-6)

@@ -103,23 +103,21 @@ def correction_weights(
     return jax.lax.stop_gradient(jnp.where(counted, weights, 1))
 
 
-def correction_sums(weights: chex.Array, counted: chex.Array, correction: Correction = Correction()) -> dict[str, chex.Array]:
-    """What the weights did, as sums over the tokens that count, so that micro-batches add up.
+def correction_terms(weights: chex.Array, correction: Correction = Correction()) -> dict[str, chex.Array]:
+    """What the weights did, token by token; summed over the tokens that count they add up over micro-batches.
 
     Args:
         weights: [N, T] float, of `correction_weights`.
-        counted: [N, T] bool, True on sampled tokens of valid completions.
         correction: what made the weights; tells which of them were bounded (none at level "none").
 
     Returns:
-        Scalars: `correction` (Σw), `correction_squared` (Σw², for `effective_sample_size`) and `correction_bounded` (tokens whose
+        [N, T] each: `correction` (w), `correction_squared` (w², for `effective_sample_size`) and `correction_bounded` (tokens whose
         weight was truncated or masked). Divided by the number of tokens: mean weight, mean square and share bounded.
     """
     # Exactly the bound, or exactly 0: no weight within bounds is either, but one that met the bound by itself.
     edge = correction.high if correction.bound == "truncate" else 0.0
     bounded = (weights == edge) & (correction.level != "none")
-    per_token = {"correction": weights, "correction_squared": jnp.square(weights), "correction_bounded": bounded.astype(weights.dtype)}
-    return {name: jnp.sum(jnp.where(counted, x, 0)) for name, x in per_token.items()}
+    return {"correction": weights, "correction_squared": jnp.square(weights), "correction_bounded": bounded.astype(weights.dtype)}
 
 
 def effective_sample_size(weight_sum: chex.Array, square_sum: chex.Array, count: chex.Array) -> chex.Array:

@@ -79,10 +79,10 @@ def policy_loss(
         num_prompts: P.
 
     Returns:
-        (scalar loss_sum, scalar count, sums). `sums` are scalars over the tokens that count, `token_count` of them: `clipped` (tokens
-        whose ratio is bounded, in the policy term or the importance weight), `ratio` (π_θ/π_old), `old_kl` (nats, k3 of π_old against
+        (scalar loss_sum, scalar count, sums). `sums` are [N], for each completion over its tokens that count, `token_count` of them (not
+        over the batch: whoever measures adds up, by preference group or over all): `clipped` (tokens whose ratio is bounded, in the policy term or the importance weight), `ratio` (π_θ/π_old), `old_kl` (nats, k3 of π_old against
         π_θ), `entropy` (nats), only with a reference `kl` (nats, k3 whatever estimator is trained on, so that runs compare), and those of
-        `importance.correction_sums`.
+        `importance.correction_terms`.
 
     Raises:
         ValueError: where a part has an unknown name.
@@ -116,9 +116,9 @@ def policy_loss(
     }
     if reference_log_probs is not None:
         per_token["kl"] = regularisers.k3(log_probs, reference_log_probs)
-    sums = {name: jnp.sum(jnp.where(counted, x, 0)) for name, x in per_token.items()}
-    sums = jax.lax.stop_gradient(sums | importance.correction_sums(corrections, counted, objective.correction))
-    return -jnp.sum(weights * gain), count, sums
+    per_token |= importance.correction_terms(corrections, objective.correction)
+    sums = {name: jnp.sum(jnp.where(counted, x, 0), axis=1) for name, x in per_token.items()}
+    return -jnp.sum(weights * gain), count, jax.lax.stop_gradient(sums)
 
 
 def _named(choices, objective: Objective, part: str):
