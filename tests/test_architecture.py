@@ -35,15 +35,11 @@ SAME_FLOOR = {
     "weight_versions": {"digests"},
     "curation": {"batching"},
     "gradient_shares": {"update"},
-<<<<<<< HEAD
     "histories": {"algorithm_settings", "assembly", "microscope", "run_directory", "settings"},
     "record": {"assembly", "settings", "run_directory"},
-    "train": {"deployment", "settings", "evaluate", "step_records", "console"},
-=======
     "train_state": {"update"},
     "settings": {"algorithm_settings"},
     "train": {"deployment", "settings", "evaluate", "step_records", "console", "alarms"},
->>>>>>> 2c7906cedaa6306218bc56959c1943cfd35722a3
     "evaluate": {"deployment", "settings", "run_directory", "console"},
     "deployment": {"assembly", "placement", "run_directory"},
     "placement": {"settings"},
@@ -51,14 +47,10 @@ SAME_FLOOR = {
     "alarms": {"metrics"},
     "console": {"metrics", "alarms"},
     "report": {"report_sections", "report_page", "run_directory"},
-<<<<<<< HEAD
-    "report_sections": {"report_page", "charts", "metrics"},
     "microscope_measures": {"microscope"},
     "microscope_charts": {"charts"},
     "microscope_page": {"microscope", "microscope_measures", "microscope_charts", "charts", "report_page", "metrics"},
-=======
     "report_sections": {"report_page", "charts", "metrics", "metric_table", "alarms"},
->>>>>>> 2c7906cedaa6306218bc56959c1943cfd35722a3
 }
 ANYWHERE = {"jax", "numpy", "chex", "etils", "absl", "pgrpo_jax"}
 FLOOR_0_LIBRARIES = {"jax", "numpy", "chex", "pgrpo_jax", "dataclasses", "typing", "math", "functools"}
