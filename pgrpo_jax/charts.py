@@ -1,4 +1,4 @@
-"""Floor 5: numbers in, SVG out. The only module that knows matplotlib.
+"""Floor 5: numbers in, SVG out. Only this module and `microscope_charts.py` know matplotlib.
 
 Figures are made without pyplot, so there is no global state and no display is needed. No text of a run enters a chart: matplotlib would
 read "$" as mathematics and warn about letters its font lacks.
@@ -67,7 +67,7 @@ def curves(lines: Sequence[Line], *, unit: str) -> str:
         axes.set_ylabel(unit)
         axes.set_xlabel("update")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        return _address(figure)
+        return address(figure)
 
 
 def panels(titled: Sequence[tuple[str, Sequence[Line]]], *, unit: str, reference: float | None = None) -> str:
@@ -99,7 +99,7 @@ def panels(titled: Sequence[tuple[str, Sequence[Line]]], *, unit: str, reference
             axes.set_ylabel(unit)
         for axes in grid[-1]:
             axes.set_xlabel("update")
-        return _address(figure)
+        return address(figure)
 
 
 def intervals(rows: Sequence[tuple[str, Sequence[Pair]]], *, unit: str, mark: float = float("nan"), mark_label: str = "") -> str:
@@ -136,7 +136,7 @@ def intervals(rows: Sequence[tuple[str, Sequence[Pair]]], *, unit: str, mark: fl
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel(unit)
-        return _address(figure)
+        return address(figure)
 
 
 def draw_line(axes: Axes, line: Line) -> None:
@@ -162,7 +162,8 @@ def _draw_estimate(axes: Axes, estimate: Estimate, y: float, colour: str, *, aft
               markerfacecolor=colour if after else "white", linestyle="none")
 
 
-def _address(figure: Figure) -> str:
+def address(figure: Figure) -> str:
+    """Returns a figure as a data:image/svg+xml address; equal figures give equal addresses. Draw it under `matplotlib.rc_context(STYLE)`."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})  # no date: equal runs make equal pages
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -16,11 +16,13 @@ from pgrpo_jax.actor import Actor
 from pgrpo_jax.checkpoints import Checkpoints
 from pgrpo_jax.engines import Engine
 from pgrpo_jax.engines.inline import InlineEngine
+from pgrpo_jax.engines.replay import ReplayEngine
 from pgrpo_jax.engines.threads import ThreadsEngine
 from pgrpo_jax.exchange import CollectiveStop, Exchange
 from pgrpo_jax.learner import Learner
 from pgrpo_jax.parameter_server import ParameterServer
 from pgrpo_jax.preemption import Stop
+from pgrpo_jax.rollout_files import find_rollouts
 from pgrpo_jax.run_directory import check_workdir, RunDirectory
 from pgrpo_jax.structs import RewardFailure
 from pgrpo_jax.tasks import Task
@@ -89,7 +91,7 @@ def deploy(
     check_workdir(workdir)
     with contextlib.ExitStack() as resources:
         wanted = _Wanted(config, identity, epath.Path(workdir), stop, read_only, resources)
-        parts = {"inline": _inline, "threads": _threads, "ray": _ray}[engine or config.engine](wanted)
+        parts = {"inline": _inline, "replay": _replay, "threads": _threads, "ray": _ray}[engine or config.engine](wanted)
         return dataclasses.replace(parts, resources=resources.pop_all())
 
 
@@ -120,6 +122,13 @@ def _inline(wanted: _Wanted) -> Deployment:
     engine = InlineEngine(_local_actor(wanted, base, task), localise=localise, exchange=exchange)
     wanted.resources.callback(engine.close)
     return Deployment(learner, engine, task, _records(wanted, records), wanted.stop, stream, exchange)
+
+
+def _replay(wanted: _Wanted) -> Deployment:
+    """As inline, but training units are not generated: they are those that another run recorded."""
+    replay, parts = wanted.config.replay, _inline(wanted)
+    engine = ReplayEngine(find_rollouts(replay.path), relabel=replay.relabel, task=parts.task, others=parts.engine)
+    return dataclasses.replace(parts, engine=engine)
 
 
 def _threads(wanted: _Wanted) -> Deployment:

@@ -48,6 +48,24 @@ def pack_rollouts(rollouts: Sequence[Rollouts]) -> bytes:
     return buffer.getvalue()
 
 
+def find_rollouts(source: epath.PathLike) -> list[epath.Path]:
+    """Returns the rollout files of a run directory in the order of their names, or the file itself.
+
+    Raises:
+        FileNotFoundError: there is no such source, or no rollouts in it.
+    """
+    path = epath.Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give the --workdir of a run, or its rollouts/*.npz")
+    if not path.is_dir():
+        return [path]
+    folder = path / "rollouts" if (path / "rollouts").exists() else path
+    files = sorted(file for file in folder.iterdir() if file.name.endswith(".npz"))
+    if not files:
+        raise FileNotFoundError(f"{path} holds no rollouts/*.npz: give the --workdir of a run that has trained a step")
+    return files
+
+
 def load_rollouts(path: epath.PathLike) -> list[Rollouts]:
     """Reads the rollouts of one step back.
 

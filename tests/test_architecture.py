@@ -17,13 +17,14 @@ TEXTS = CODE + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "docs").r
 FLOORS = (
     {"structs", "algorithms"},
     {"models", "generation", "tasks", "parallel", "batching", "preemption", "rollout_files", "exchange", "schedule", "verifiers"}
-    | {"digests", "weight_versions", "batch_metrics", "curation", "laboratory"},
+    | {"digests", "weight_versions", "batch_metrics", "curation", "laboratory", "contributions", "batch_files"},
     {"controller", "checkpoints", "update", "parameter_server", "gradient_shares", "kl_control", "train_state"},
     {"actor", "learner"},
     {"engines"},
     {"train", "evaluate", "deployment", "assembly", "settings", "placement", "metrics", "run_directory", "step_records", "console"}
     | {"report", "report_sections", "report_page", "charts", "alarms", "metric_table", "algorithm_settings"}
-    | {"laboratory_charts"},
+    | {"laboratory_charts"}
+    | {"microscope", "microscope_measures", "microscope_charts", "microscope_page", "record", "histories"},
 )
 # importer -> what it may import on its own floor
 SAME_FLOOR = {
@@ -35,17 +36,22 @@ SAME_FLOOR = {
     "weight_versions": {"digests"},
     "curation": {"batching"},
     "gradient_shares": {"update"},
+    "histories": {"algorithm_settings", "assembly", "microscope", "run_directory", "settings"},
+    "record": {"assembly", "settings", "run_directory"},
     "train_state": {"update"},
     "settings": {"algorithm_settings"},
     "train": {"deployment", "settings", "evaluate", "step_records", "console", "alarms"},
     "evaluate": {"deployment", "settings", "run_directory", "console"},
-    "deployment": {"assembly", "placement", "run_directory"},
+    "deployment": {"assembly", "placement", "record", "run_directory"},
     "placement": {"settings"},
     "assembly": {"settings", "algorithm_settings"},
     "alarms": {"metrics"},
     "console": {"metrics", "alarms"},
     "report": {"report_sections", "report_page", "run_directory"},
     "laboratory_charts": {"charts"},
+    "microscope_measures": {"microscope"},
+    "microscope_charts": {"charts"},
+    "microscope_page": {"microscope", "microscope_measures", "microscope_charts", "charts", "report_page", "metrics"},
     "report_sections": {"report_page", "charts", "metrics", "metric_table", "alarms"},
 }
 ANYWHERE = {"jax", "numpy", "chex", "etils", "absl", "pgrpo_jax"}
@@ -67,6 +73,7 @@ OWNERS = {
     "rich": {"console"},
     "tensorboardX": {"run_directory"},
     "matplotlib": {"charts", "laboratory_charts"},
+    "matplotlib": {"charts", "microscope_charts"},
 }
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 300, 40
 
