@@ -29,7 +29,7 @@ def test_the_small_configuration_runs():
 
 BAD = [
     ({"preset": "ppo"}, "preset is 'ppo', must be one of cispo, dapo, dr_grpo, grpo, gspo, p_grpo, reinforce, reinforce_pp, rloo: set config.preset"),
-    ({"engine": "warp"}, "engine = 'warp' is unknown: use one of inline, threads, ray"),
+    ({"engine": "warp"}, "engine = 'warp' is unknown: use one of inline, threads, ray, replay"),
     ({"task__name": "chess"}, "task.name = 'chess' is unknown: use one of movielens, letters"),
     ({"model__dtype": "int8"}, "model.dtype = 'int8' is unknown: use one of float32, bfloat16"),
     ({"optimiser__schedule": "step"}, "optimiser.schedule = 'step' is unknown: use one of constant, cosine, linear"),
