@@ -72,7 +72,6 @@ OWNERS = {
     "ml_collections": {"train", "evaluate", "settings"},
     "rich": {"console"},
     "tensorboardX": {"run_directory"},
-    "matplotlib": {"charts", "laboratory_charts"},
     "matplotlib": {"charts", "microscope_charts", "laboratory_charts"},
 }
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 300, 40
