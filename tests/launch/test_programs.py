@@ -36,7 +36,7 @@ WRONG = {
         ["--config=configs/smoke.py", "--config.preset=ppo", "--config.prompts_per_work=3", "--config.completions_per_prompt=1"],
         [
             "completions_per_prompt = 1 is below 2: one completion has nothing to be compared with; set it to at least 2",
-            "preset is 'ppo', must be one of grpo, p_grpo: set config.preset",
+            "preset is 'ppo', must be one of cispo, dapo, dr_grpo, grpo, gspo, p_grpo, reinforce, reinforce_pp, rloo: set config.preset",
             "prompts_per_step = 8 is not divisible by prompts_per_work = 3: change one of them",
         ],
     ),
