@@ -41,7 +41,7 @@ SAME_FLOOR = {
     "settings": {"algorithm_settings"},
     "train": {"deployment", "settings", "evaluate", "step_records", "console", "alarms"},
     "evaluate": {"deployment", "settings", "run_directory", "console"},
-    "deployment": {"assembly", "placement", "run_directory"},
+    "deployment": {"assembly", "placement", "record", "run_directory"},
     "placement": {"settings"},
     "assembly": {"settings", "algorithm_settings"},
     "alarms": {"metrics"},
