@@ -102,7 +102,7 @@ KEYS = {
     "curation.overlong_buffer": Key(0, "identity", "tokens before the limit over which a penalty rises; 0 = off"),
     "curation.overlong_penalty": Key(1.0, "identity", "reward taken off at the limit"),
     "curation.mask_truncated": Key(False, "identity", "completions that ran out of tokens are not trained on"),
-    "curation.difficulty": Key("", "free", "JSON of difficulty estimates (docs/data.md), whose content is identity; '' = none"),
+    "curation.difficulty": Key("", "free", "JSON of difficulty estimates (launch/record.py, docs/data.md), whose content is identity; '' = none"),
     "curation.min_mean": Key(float("-inf"), "identity", "prompts with a lower estimated mean reward are left out"),
     "curation.max_mean": Key(float, "identity", "prompts with a higher one are left out; unset = none are"),
     "curation.min_std": Key(0.0, "identity", "prompts whose estimated deviation is lower are left out"),
@@ -126,8 +126,10 @@ KEYS = {
     "learner.micro_batches": Key(1, "identity", "gradient accumulation: slices of whole prompts; divides prompts_per_step"),
     "learner.passes_per_batch": Key(1, "identity", "updates made from one batch of rollouts (GRPO's mu)"),
     "learner.remat": Key(False, "identity", "recompute each layer in the backward pass: less memory, more time"),
+    # train only, on what another run recorded
+    "replay.path": Key("", "identity", "run directory or files whose rollouts are trained on, with engine = replay; '' = generate"),
     # where it runs, how often it saves and shows
-    "engine": Key("inline", "free", "inline | threads | ray (docs/running.md)"),
+    "engine": Key("inline", "free", "inline | threads | ray | replay (docs/running.md)"),
     "num_actors": Key(1, "free", "actors of the threads and ray engines; inline has one"),
     "learner.num_devices": Key(0, "free", "local devices the batch is split over; 0 = all; divides prompts_per_step / micro_batches"),
     "learner.mesh.fsdp": Key(1, "free", "devices over which parameters and optimiser are sharded, prompts too; the rest holds copies"),

@@ -70,7 +70,10 @@ def faults(config: Any) -> list[str]:
     for key, (bound, holds) in _BOUNDS.items():
         if (value := _get(config, key)) is not None and not holds(value):
             errors.append(f"{key} = {value} is not {bound}: set it within")
-    for build in (preset, components, lambda c: mixture.check_preference_groups(c.task.name, c.task.preference_groups)):
+    builders = [preset, components]
+    if config.task.preference_groups:  # else the task's own: whether there is such a task is checked with its name
+        builders.append(lambda c: mixture.check_preference_groups(c.task.name, c.task.preference_groups))
+    for build in builders:
         try:
             build(config)
         except ValueError as error:

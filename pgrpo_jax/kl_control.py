@@ -60,5 +60,5 @@ def adapted(control: KLControl, coefficients: np.ndarray, measured: Mapping[str,
         return coefficients
     everyone = np.full(len(coefficients), measured["kl"])
     kl = everyone if control.scope == "all" else np.asarray(measured["by_preference/kl"], np.float64)
-    moved = jax.device_get(regularisers.adapt(coefficients, np.float32(kl), target=control.target, horizon=control.horizon))
-    return np.where(np.isfinite(kl), moved, coefficients).astype(np.float32)
+    target = np.full(len(coefficients), control.target, np.float32)
+    return np.asarray(jax.device_get(regularisers.adapt(coefficients, kl.astype(np.float32), target, control.horizon)))

@@ -18,7 +18,7 @@ from pgrpo_jax.tasks import mixture
 from pgrpo_jax.update import learning_rate, LossSettings, OptimiserSettings
 from pgrpo_jax.verifiers.rewards import POLICIES
 
-ENGINES = ("inline", "threads", "ray")
+ENGINES = ("inline", "threads", "ray", "replay")
 
 _DTYPES = ("float32", "bfloat16")
 _AT_LEAST = {
@@ -138,6 +138,8 @@ def _check_engine(config: Any) -> list[str]:
     engine, errors = config.engine, []
     if config.distributed.enabled and engine != "inline":
         errors.append(f"distributed.enabled = True needs engine = 'inline', not {engine!r}: Ray starts its processes itself")
+    if (engine == "replay") != bool(config.replay.path):
+        errors.append(f"engine = {engine!r} with replay.path = {config.replay.path!r}: recorded rollouts need engine = 'replay', and it needs a path")
     if config.distributed.enabled and config.learner.num_devices:
         errors.append("learner.num_devices is set with distributed.enabled = True, where the learner has all devices: leave it 0")
     if config.learner.num_processes > 1 and engine != "ray":

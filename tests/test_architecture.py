@@ -17,12 +17,13 @@ TEXTS = CODE + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "docs").r
 FLOORS = (
     {"structs", "algorithms"},
     {"models", "generation", "tasks", "parallel", "batching", "preemption", "rollout_files", "exchange", "schedule", "verifiers"}
-    | {"digests", "weight_versions", "batch_metrics", "curation", "contributions", "batch_files"},
+    | {"digests", "weight_versions", "batch_metrics", "curation", "laboratory", "contributions", "batch_files"},
     {"controller", "checkpoints", "update", "parameter_server", "gradient_shares", "kl_control", "train_state"},
     {"actor", "learner"},
     {"engines"},
     {"train", "evaluate", "deployment", "assembly", "settings", "placement", "metrics", "run_directory", "step_records", "console"}
     | {"report", "report_sections", "report_page", "charts", "alarms", "metric_table", "algorithm_settings"}
+    | {"laboratory_charts"}
     | {"microscope", "microscope_measures", "microscope_charts", "microscope_page", "record", "histories"},
 )
 # importer -> what it may import on its own floor
@@ -47,6 +48,7 @@ SAME_FLOOR = {
     "alarms": {"metrics"},
     "console": {"metrics", "alarms"},
     "report": {"report_sections", "report_page", "run_directory"},
+    "laboratory_charts": {"charts"},
     "microscope_measures": {"microscope"},
     "microscope_charts": {"charts"},
     "microscope_page": {"microscope", "microscope_measures", "microscope_charts", "charts", "report_page", "metrics"},
@@ -70,7 +72,7 @@ OWNERS = {
     "ml_collections": {"train", "evaluate", "settings"},
     "rich": {"console"},
     "tensorboardX": {"run_directory"},
-    "matplotlib": {"charts", "microscope_charts"},
+    "matplotlib": {"charts", "microscope_charts", "laboratory_charts"},
 }
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 300, 40
 

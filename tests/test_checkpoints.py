@@ -39,7 +39,7 @@ def state(step: int) -> TrainState:
     }
     moments = jax.tree.map(lambda x: x * 0.5, weights)
     mean, m2 = (jnp.asarray(rng.random(3), jnp.float32) for _ in range(2))
-    history = RewardHistory(count=jnp.array([2**31 - 1, 0, 5], jnp.int32), mean=mean, m2=m2)
+    history = RewardHistory(count=jnp.array([2**31 - 1, 0, 5], jnp.int32), weight=jnp.ones(3), mean=mean, m2=m2)
     return TrainState(
         step=jnp.int32(step), next_work=jnp.int32(3 * step), trainable=weights, optimiser=({"mu": moments, "count": jnp.int32(step)}, ()),
         history=history, objective={},

@@ -3,7 +3,7 @@
 import pytest
 import small_config
 
-from pgrpo_jax import placement, settings
+from pgrpo_jax import algorithm_settings, placement, settings
 from pgrpo_jax.assembly import check_task, load_base, load_task
 from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.models.tokenizer import ByteTokenizer
@@ -28,8 +28,8 @@ def test_the_small_configuration_runs():
 
 
 BAD = [
-    ({"preset": "ppo"}, "preset is 'ppo', must be one of grpo, p_grpo: set config.preset"),
-    ({"engine": "warp"}, "engine = 'warp' is unknown: use one of inline, threads, ray"),
+    ({"preset": "ppo"}, "preset is 'ppo', must be one of cispo, dapo, dr_grpo, grpo, gspo, p_grpo, reinforce, reinforce_pp, rloo: set config.preset"),
+    ({"engine": "warp"}, "engine = 'warp' is unknown: use one of inline, threads, ray, replay"),
     ({"task__name": "chess"}, "task.name = 'chess' is unknown: use one of movielens, letters"),
     ({"model__dtype": "int8"}, "model.dtype = 'int8' is unknown: use one of float32, bfloat16"),
     ({"optimiser__schedule": "step"}, "optimiser.schedule = 'step' is unknown: use one of constant, cosine, linear"),
@@ -47,7 +47,7 @@ BAD = [
     ({"optimiser__b2": -0.1}, "optimiser.b2 = -0.1 is outside [0, 1): 0.99 is usual"),
     ({"optimiser__eps": 0.0}, "optimiser.eps = 0.0 is not above 0: AdamW would divide by 0; 1e-8 is usual"),
     ({"algorithm__clip_low": 2.0}, "clip_low is 2.0, must be in (0, 1]: set config.algorithm.clip_low"),
-    ({"algorithm__std_floor": float("nan")}, "algorithm.std_floor = nan is below 0: set it to at least 0"),
+    ({"algorithm__std_floor": float("nan")}, "algorithm.std_floor = nan is not at least 0 and finite: set it within"),
     ({"algorithm__epsilon": 0.0, "algorithm__std_floor": 0.0},
      "algorithm.epsilon + algorithm.std_floor = 0.0 is 0: a preference history of equal rewards would divide by 0; set one above 0"),
     ({"staleness__reload": 2},
@@ -147,14 +147,18 @@ def test_what_the_settings_become():
         generation__temperature=0.5, staleness__accept=3, generation__prompt_buckets=(8, 40),
     )  # fmt: skip
     learner = settings.learner_settings(config, ByteTokenizer())
-    assert (learner.objective.clip_low, learner.objective.clip_high, learner.objective.kl_coefficient) == (0.2, 0.5, 0.0)
-    assert learner.objective.support == Support(temperature=0.5, top_k=7, top_p=1.0)  # the sampler's own
-    assert settings.generation_settings(config, ByteTokenizer()).support == learner.objective.support
+    assert (learner.loss.objective.clip_low, learner.loss.objective.clip_high, learner.kl.coefficient) == (0.2, 0.5, 0.0)
+    assert learner.loss.support == Support(temperature=0.5, top_k=7, top_p=1.0)  # the sampler's own
+    assert settings.generation_settings(config, ByteTokenizer()).support == learner.loss.support
     assert (learner.optimiser.warmup_steps, learner.optimiser.num_updates) == (2 * 3, 12 * 3)  # in optimiser steps
     assert learner.schedule == Schedule(reload=1, accept=3, lag=1, policy="deterministic")
     unbounded = small_config.config(staleness__policy="freshest", staleness__accept=0, staleness__reload=4)
     check(unbounded, 8)
     assert settings.schedule(unbounded) == Schedule(reload=4, accept=0, lag=0, policy="freshest")
     assert settings.generation_settings(config, ByteTokenizer()).prompt_buckets == (8, 40)
-    assert settings.advantage_options(config) == {"num_prompts": 4, "epsilon": 1e-6, "std_floor": 1e-3, "min_count": 8}
-    assert settings.advantage_options(small_config.config(algorithm__min_count=0))["min_count"] == 0
+    estimator = algorithm_settings.advantage_settings(config)
+    assert (estimator.baseline, estimator.scale, estimator.epsilon, estimator.std_floor, estimator.min_count) == ("cohort", "cohort", 1e-6, 1e-3, 8)
+    assert algorithm_settings.advantage_settings(small_config.config(algorithm__min_count=0)).min_count == 0
+    assert learner.loss.objective.correction.level == "token", "on by default off-policy"
+    assert settings.learner_settings(small_config.config(), ByteTokenizer()).loss.objective.correction.level == "none"
+    assert settings.work_per_step(small_config.config(preset="dapo")) == 2 * settings.work_per_step(config) == 4

@@ -7,7 +7,13 @@ beyond the definitions of mean and population deviation.
 import math
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+
+from pgrpo_jax.algorithms import advantages
+from pgrpo_jax.algorithms.advantages import AdvantageSettings
+
+PARTS = {"grpo": ("cohort", "cohort"), "p_grpo": ("history", "history")}  # baseline, scale
 
 
 class Case(NamedTuple):
@@ -109,3 +115,24 @@ def assert_matches(result, case: Case, name: str, *, tolerance: float, **options
             assert_close(values, expected[key][:, column], tolerance=tolerance, what=f"{key}, column {column}")
     for key in ("advantage_scale", "bias"):
         assert_close(getattr(diagnostics, key), expected[key], tolerance=tolerance, what=key)
+
+
+def settings_of(name: str, *, epsilon: float, std_floor: float, min_count: float) -> AdvantageSettings:
+    """The settings of GRPO or P-GRPO."""
+    baseline, scale = PARTS[name]
+    return AdvantageSettings(baseline=baseline, scale=scale, epsilon=epsilon, std_floor=std_floor, min_count=float(min_count))
+
+
+def named(name: str):
+    """GRPO or P-GRPO as a function of (rewards, prompt_index, preference_ids, mask, history)."""
+
+    def run(rewards, prompt_index, preference_ids, mask, history, *, num_prompts, epsilon, std_floor, min_count, axis_name=None):
+        settings = settings_of(name, epsilon=epsilon, std_floor=std_floor, min_count=min_count)
+        rows = rewards, prompt_index, preference_ids, preference_ids, jnp.zeros_like(preference_ids), mask
+        return advantages.estimate(*rows, history, settings=settings, num_prompts=num_prompts, axis_name=axis_name)
+
+    return run
+
+
+grpo, p_grpo = named("grpo"), named("p_grpo")
+ESTIMATORS = {"grpo": grpo, "p_grpo": p_grpo}

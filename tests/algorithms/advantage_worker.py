@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from pgrpo_jax import parallel
-from pgrpo_jax.algorithms import advantages
+from pgrpo_jax.algorithms.advantages import AdvantageSettings
 from pgrpo_jax.structs import RewardHistory
 
 
@@ -21,11 +21,14 @@ def main(folder: str, port: str, process: int, num_processes: int) -> None:
     assert (jax.device_count(), jax.local_device_count()) == (2 * num_processes, 2)
     with np.load(f"{folder}/case.npz") as case:
         rows = [np.split(case[name], num_processes)[process] for name in ("rewards", "prompt_index", "preference_ids", "mask")]
-        history = RewardHistory(count=case["count"], mean=case["mean"], m2=case["m2"])
-        options = {name: case[name].item() for name in ("num_prompts", "epsilon", "std_floor", "min_count")}
+        history = RewardHistory(**{name: case[name] for name in ("count", "weight", "mean", "m2")})
+        options = {name: case[name].item() for name in ("epsilon", "std_floor", "min_count")}
+        num_prompts = case["num_prompts"].item()
     with jax.enable_x64(rows[0].dtype == np.float64):
-        kernel = parallel.advantage_kernel(advantages.p_grpo, jax.devices(), **options)
-        advantage, merged, diagnostics = kernel(*rows, history)
+        kernel = parallel.advantage_kernel(AdvantageSettings(**options), jax.devices(), num_prompts=num_prompts)
+        rewards, prompt_index, preference_ids, mask = rows
+        arguments = rewards, prompt_index, preference_ids, preference_ids, np.zeros_like(preference_ids), mask
+        advantage, merged, diagnostics = kernel(*arguments, history)
     np.savez(f"{folder}/out{process}.npz", advantages=advantage, **vars(merged), **vars(diagnostics))
     jax.distributed.shutdown()
 

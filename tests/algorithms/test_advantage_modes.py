@@ -26,7 +26,8 @@ SEEDS = range(4)
 def history_of(case: oracle.Case) -> RewardHistory:
     dtype = case.rewards.dtype
     count, mean, deviation = np.array([oracle.moments(values) for values in case.past]).T
-    return RewardHistory(count=count.astype(np.int32), mean=mean.astype(dtype), m2=(count * deviation**2).astype(dtype))
+    moments = {"mean": mean.astype(dtype), "m2": (count * deviation**2).astype(dtype)}
+    return RewardHistory(count=count.astype(np.int32), weight=np.ones(len(count), dtype), **moments)
 
 
 def arguments(case: oracle.Case):
@@ -64,8 +65,19 @@ def shard_mapped(estimator, case):
     )
 
 
+def kernel_of(name, devices, case):
+    """The learner's kernel, as a function of the same arguments as the estimators."""
+    kernel = parallel.advantage_kernel(oracle.settings_of(name, **OPTIONS), devices, num_prompts=case.num_prompts)
+
+    def run(rewards, prompt_index, preference_ids, mask, history):
+        return kernel(rewards, prompt_index, preference_ids, preference_ids, np.zeros_like(preference_ids), mask, history)
+
+    return run
+
+
 def pmapped(estimator, case):
-    return parallel.advantage_kernel(estimator, jax.devices(), num_prompts=case.num_prompts, **OPTIONS)
+    name = next(name for name, known in oracle.ESTIMATORS.items() if known is estimator)
+    return kernel_of(name, jax.devices(), case)
 
 
 MODES = [eager, jitted, sharded_jit, shard_mapped, pmapped]
@@ -73,13 +85,13 @@ MODES = [eager, jitted, sharded_jit, shard_mapped, pmapped]
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", advantages.ESTIMATORS)
+@pytest.mark.parametrize("name", oracle.ESTIMATORS)
 def test_equals_the_loops(name, mode, dtype):
     run = None
     with jax.enable_x64(dtype == np.float64):
         for seed in SEEDS:
             case = oracle.random_case(seed, dtype)
-            run = run or mode(advantages.ESTIMATORS[name], case)
+            run = run or mode(oracle.ESTIMATORS[name], case)
             result = run(*arguments(case))
             assert all(x.dtype == dtype for x in (result[0], result[1].mean, result[1].m2, result[2].bias))
             oracle.assert_matches(result, case, name, tolerance=TOLERANCE[dtype], **OPTIONS)
@@ -98,7 +110,7 @@ def test_the_cases_hold_what_they_promise():
 def test_pmap_pads_any_number_of_rows(rows):
     whole = oracle.random_case(1, np.float32)
     case = whole._replace(**{name: getattr(whole, name)[:rows] for name in ("rewards", "prompt_index", "preference_ids", "mask")})
-    result = pmapped(advantages.p_grpo, case)(*arguments(case))
+    result = pmapped(oracle.p_grpo, case)(*arguments(case))
     assert result[0].shape == (rows,)
     oracle.assert_matches(result, case, "p_grpo", tolerance=1e-5, **OPTIONS)
 
@@ -106,14 +118,13 @@ def test_pmap_pads_any_number_of_rows(rows):
 def test_pmap_over_fewer_devices_and_device_arrays():
     case = oracle.random_case(2, np.float32)
     for num_devices in (1, 3):
-        kernel = parallel.advantage_kernel(advantages.p_grpo, jax.devices()[:num_devices], num_prompts=case.num_prompts, **OPTIONS)
-        result = kernel(*jax.device_put(arguments(case)))
+        result = kernel_of("p_grpo", jax.devices()[:num_devices], case)(*jax.device_put(arguments(case)))
         oracle.assert_matches(result, case, "p_grpo", tolerance=1e-5, **OPTIONS)
 
 
 def test_history_is_equal_on_every_device():
     case = oracle.random_case(3, np.float32)
-    per_device = functools.partial(eager(advantages.p_grpo, case), axis_name=parallel.AXIS)
+    per_device = functools.partial(eager(oracle.p_grpo, case), axis_name=parallel.AXIS)
     run = parallel.pmapped(per_device, devices=jax.devices(), in_axes=(0, 0, 0, 0, None))
     _, history, diagnostics = run(*(x.reshape(8, -1) for x in case[:4]), history_of(case))
     for leaf in jax.tree.leaves((history, diagnostics)):
@@ -123,7 +134,7 @@ def test_history_is_equal_on_every_device():
 def test_no_device_of_this_process_is_an_error():
     elsewhere = types.SimpleNamespace(process_index=jax.process_index() + 1)
     with pytest.raises(ValueError, match="0 of 1 devices .* must be at least 1"):
-        parallel.advantage_kernel(advantages.p_grpo, [elsewhere], num_prompts=1, **OPTIONS)
+        parallel.advantage_kernel(oracle.settings_of("p_grpo", **OPTIONS), [elsewhere], num_prompts=1)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -157,6 +168,6 @@ def test_pmap_over_two_processes(dtype, tmp_path):
     together = np.concatenate([result.pop("advantages") for result in results])
     for name, values in results[0].items():
         assert np.array_equal(values, results[1][name]), name
-    merged = RewardHistory(**{name: results[0].pop(name) for name in ("count", "mean", "m2")})
+    merged = RewardHistory(**{name: results[0].pop(name) for name in ("count", "weight", "mean", "m2")})
     diagnostics = advantages.Diagnostics(**results[0])
     oracle.assert_matches((together, merged, diagnostics), case, "p_grpo", tolerance=TOLERANCE[dtype], **OPTIONS)

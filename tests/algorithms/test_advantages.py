@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pgrpo_jax.algorithms import advantages, reward_history
+from pgrpo_jax.algorithms import formulas, reward_history
 from pgrpo_jax.structs import RewardHistory
 
 EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True)
 ROWS, PROMPTS, PREFERENCE_GROUPS = 24, 5, 3
 EXACT = {"epsilon": 0.0, "std_floor": 0.0, "min_count": 1}
 
-cohort = jax.jit(advantages.cohort, static_argnames=("num_prompts", "epsilon"))
-corollary = jax.jit(advantages.corollary, static_argnames=("epsilon", "std_floor"))
-p_grpo = jax.jit(advantages.p_grpo, static_argnames=("num_prompts", "epsilon", "std_floor", "min_count"))
-grpo = jax.jit(advantages.grpo, static_argnames=("num_prompts", "epsilon", "std_floor", "min_count"))
+cohort = jax.jit(formulas.cohort, static_argnames=("num_prompts", "epsilon"))
+corollary = jax.jit(formulas.corollary, static_argnames=("epsilon", "std_floor"))
+p_grpo = jax.jit(oracle.p_grpo, static_argnames=("num_prompts", "epsilon", "std_floor", "min_count"))
+grpo = jax.jit(oracle.grpo, static_argnames=("num_prompts", "epsilon", "std_floor", "min_count"))
 batch_moments = jax.jit(reward_history.batch_moments, static_argnums=3)
 
 
@@ -152,7 +152,7 @@ def test_a_wrong_id_shows_and_does_not_spread():
 
 def test_dtypes_of_rewards_and_history_must_agree():
     with jax.enable_x64(True), pytest.raises(AssertionError):
-        advantages.p_grpo(np.ones(2), ids(0, 0), ids(0, 0), np.ones(2, bool), reward_history.init(1), num_prompts=1, **EXACT)
+        oracle.p_grpo(np.ones(2), ids(0, 0), ids(0, 0), np.ones(2, bool), reward_history.init(1), num_prompts=1, **EXACT)
 
 
 def elements(width: int):
@@ -235,7 +235,7 @@ def on_devices(num_devices: int):
     """p_grpo by shard_map over the first devices."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:num_devices]), ("rows",))
     rows, everywhere = jax.sharding.PartitionSpec("rows"), jax.sharding.PartitionSpec()
-    fn = functools.partial(advantages.p_grpo, num_prompts=PROMPTS, **EXACT, axis_name="rows")
+    fn = functools.partial(oracle.p_grpo, num_prompts=PROMPTS, **EXACT, axis_name="rows")
     return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=(rows, rows, rows, rows, everywhere), out_specs=(rows, everywhere, everywhere)))
 
 
@@ -266,7 +266,7 @@ def test_one_preference_group_does_not_see_another(draw, other):
 
 
 def test_jit_compiles_once_for_one_shape():
-    compiled = jax.jit(functools.partial(advantages.p_grpo, num_prompts=7, epsilon=1e-6, std_floor=1e-3, min_count=8))
+    compiled = jax.jit(functools.partial(oracle.p_grpo, num_prompts=7, epsilon=1e-6, std_floor=1e-3, min_count=8))
     for seed in range(3):
         case = oracle.random_case(seed, np.float32)
         compiled(*case[:4], jax.tree.map(jnp.asarray, history_of(case.past)))

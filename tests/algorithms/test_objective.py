@@ -1,200 +1,208 @@
-"""The objective against loops over tokens and finite differences."""
+"""Every composition of the objective against a plain Python loop over tokens, value and gradient; degenerate cases; slices."""
 
-import functools
+import dataclasses
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from pgrpo_jax.algorithms import objective
+from pgrpo_jax.algorithms import aggregation, policy_terms, regularisers
+from pgrpo_jax.algorithms.importance import Correction
+from pgrpo_jax.algorithms.objective import Objective, policy_loss
 
-EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True)
-CLIP = {"clip_low": 0.2, "clip_high": 0.3}
-
-
-def tokens(seed: int, dtype=np.float64, shape=(5, 4)):
-    """Log-probs whose ratios lie on both sides of both bounds; row 2 is empty, row 4 only pads the batch."""
-    rng = np.random.default_rng([seed, *shape])
-    old = -rng.exponential(1.0, shape)
-    log_probs, reference = old + rng.normal(0, 0.8, shape), old + rng.normal(0, 0.5, shape)
-    mask = np.arange(shape[1])[None, :] < np.array([4, 1, 0, 3, 2])[:, None]
-    for values in (log_probs, old, reference):
-        values[~mask] = rng.choice([np.nan, np.inf, -np.inf, 100.0], (~mask).sum())
-    advantages = np.array([1.3, -0.7, 2.0, -1.1, np.nan])
-    valid = np.array([True, True, True, True, False])
-    return *(x.astype(dtype) for x in (log_probs, old, reference, advantages)), mask, valid
+N, T, P = 8, 5, 3
+LENGTHS = np.array([5, 1, 0, 3, 2, 4, 5, 2])
+PROMPTS = np.array([0, 0, 0, 1, 1, 1, 2, 2], np.int32)
+VALID = np.array([1, 1, 1, 1, 1, 1, 0, 0], bool)  # the last prompt only pads
 
 
-def loops(log_probs, old, reference, advantages, mask, valid, *, clip_low, clip_high, kl_coefficient):
-    """Loss sum, count and metric sums by the formulas of GRPO's paper, token by token."""
-    loss, sums = 0.0, dict.fromkeys(("token_count", "clipped", "ratio", "old_kl", "kl"), 0.0)
-    for i in np.flatnonzero(valid):
-        length = int(mask[i].sum())
-        for t in np.flatnonzero(mask[i]):
-            ratio, advantage = math.exp(log_probs[i, t] - old[i, t]), float(advantages[i])
-            bounded = min(max(ratio, 1 - clip_low), 1 + clip_high)
-            surrogate = min(ratio * advantage, bounded * advantage)
-            d = reference[i, t] - log_probs[i, t]
-            kl = math.exp(d) - d - 1
-            loss -= (surrogate - kl_coefficient * kl) / length
-            values = 1, surrogate != ratio * advantage, ratio, ratio - math.log(ratio) - 1, kl
-            sums = {name: total + value for (name, total), value in zip(sums.items(), values)}
-    return loss, int(valid.sum()), sums
+def example(dtype=np.float64):
+    """Ratios on both sides of the clip; what does not count holds garbage."""
+    rng = np.random.default_rng(5)
+    mask = np.arange(T)[None, :] < LENGTHS[:, None]
+    current = -rng.exponential(1.0, (N, T))
+    others = [current + rng.normal(0, scale, (N, T)) for scale in (0.4, 0.6, 0.5)]
+    entropies = rng.random((N, T))
+    counted = mask & VALID[:, None]
+    for values in (current, *others, entropies):
+        values[~counted] = rng.choice([np.nan, np.inf, -np.inf, 1e6], (~counted).sum())
+    advantages, betas = rng.normal(0.2, 1.0, N), rng.random(N)
+    advantages[~VALID] = np.nan
+    return *(x.astype(dtype) for x in (current, *others, entropies, advantages, betas)), mask, VALID, PROMPTS
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-5), (np.float64, 1e-12)])
-@pytest.mark.parametrize("seed", range(3))
-def test_policy_loss_equals_the_loops(seed, dtype, tolerance):
-    options = {**CLIP, "kl_coefficient": 0.5}
-    with jax.enable_x64(dtype == np.float64):
-        arguments = tokens(seed, dtype)
-        loss, count, sums = jax.jit(functools.partial(objective.policy_loss, **options))(*arguments)
-        assert loss.dtype == dtype
-    expected_loss, expected_count, expected_sums = loops(*arguments, **options)
-    assert 0 < expected_sums["clipped"] < expected_sums["token_count"] == 8
-    np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
-    assert float(count) == expected_count == 4 and sums.keys() == expected_sums.keys()
-    for name, value in sums.items():
-        np.testing.assert_allclose(value, expected_sums[name], rtol=tolerance, err_msg=name)
+def loop(o: Objective, current, old, behaviour, reference, entropies, advantages, betas, mask, valid, prompts) -> tuple[float, float, dict]:
+    """loss_sum, count and sums by the definitions, one token after the other. `current` may be numbers of any kind."""
+    total, rows = 0.0, {}
+    kept = [i for i in range(N) if valid[i]]
+    tokens = {i: [t for t in range(T) if mask[i, t]] for i in kept}
+    for i in kept:
+        log_r = {t: current[i][t] - old[i][t] for t in tokens[i]}
+        sequence = sum(log_r.values())
+        behind = {t: old[i][t] - behaviour[i][t] for t in tokens[i]}
+        row = dict.fromkeys(("token_count", "clipped", "ratio", "old_kl", "entropy", "kl", "correction"), 0.0)
+        for t in tokens[i]:
+            whole = sum(LENGTHS[j] for j in kept if prompts[j] == prompts[i])
+            agg = {"completion": 1 / len(tokens[i]), "prompt_tokens": 1 / whole, "batch_tokens": 1.0, "max_length": 1 / 7, "sum": 1.0}[o.aggregation]
+            r, bounded = math.exp(log_r[t]), False
+            weight = {"none": 1.0, "ratio": r, "sequence_ratio": math.exp(sequence), "clipped_ratio": min(max(r, 1 - o.clip_low), 1 + o.clip_high)}
+            bounded = o.importance == "clipped_ratio" and weight["clipped_ratio"] != r
+            level = {"none": 0.0, "token": behind[t], "sequence": sum(behind.values()), "geometric": sum(behind.values()) / len(tokens[i])}
+            w = math.exp(level[o.correction.level])
+            if o.correction.level != "none":
+                w = min(w, o.correction.high) if o.correction.bound == "truncate" else (w if o.correction.low <= w <= o.correction.high else 0.0)
+            a = advantages[i]
+            if o.policy_term == "log_prob":
+                gain = a * current[i][t]
+            else:
+                s = r if o.policy_term == "ratio" else math.exp(sequence / len(tokens[i]))
+                gain = min(s * a, min(max(s, 1 - o.clip_low), 1 + o.clip_high) * a)
+                if o.dual_clip and a < 0:
+                    gain = max(gain, o.dual_clip * a)
+                bounded |= gain != s * a
+            d = reference[i][t] - current[i][t]
+            kl = {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - 1 - d}
+            gain += o.entropy_coefficient * entropies[i][t] - (betas[i] * kl[o.kl_estimator] if o.kl_in == "loss" else 0.0)
+            total -= agg * weight[o.importance] * w * gain
+            for name, value in zip(row, (1, bounded, r, r - 1 - log_r[t], entropies[i][t], kl["k3"], w)):
+                row[name] += value
+        rows[i] = row
+    present = {prompts[i] for i in kept}
+    count = {"prompt_tokens": len(present), "batch_tokens": sum(LENGTHS[i] for i in kept)}.get(o.aggregation, len(kept))
+    return total, count, rows
 
 
-@pytest.mark.parametrize("kl_coefficient", [0.0, 0.7])
-@pytest.mark.parametrize("seed", range(3))
-def test_gradient_equals_finite_differences(seed, kl_coefficient):
+def evaluate(arguments, objective):
+    """`policy_loss` in the precision of its arguments, on the host."""
+    with jax.enable_x64(arguments[0].dtype == np.float64):
+        return jax.device_get(policy_loss(*arguments, objective=objective, num_prompts=P))
+
+
+COMPOSITIONS = [
+    Objective(aggregation=a, importance=i, policy_term=p, max_length=7, clip_low=0.25, clip_high=0.35)
+    for a, i, p in itertools.product(aggregation.AGGREGATIONS, policy_terms.IMPORTANCE, policy_terms.POLICY_TERMS)
+] + [
+    Objective(kl_estimator=k, kl_in=where, dual_clip=c, entropy_coefficient=0.3, correction=Correction(level, bound, 0.8, 1.3))
+    for (k, where), c, (level, bound) in itertools.product(
+        [("k1", "loss"), ("k2", "loss"), ("k3", "loss"), ("k3", "reward")], [0.0, 1.1],
+        [("none", "truncate"), ("token", "truncate"), ("token", "mask"), ("sequence", "mask"), ("geometric", "truncate")],
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", COMPOSITIONS, ids=lambda o: f"{o.aggregation}-{o.importance}-{o.policy_term}-{o.kl_estimator}-{o.correction.level}")
+def test_values_equal_the_loop(objective):
+    arguments = example()
+    loss, count, sums = evaluate(arguments, objective)
+    expected, expected_count, rows = loop(objective, *arguments)
+    np.testing.assert_allclose(loss, expected, rtol=1e-10)
+    assert count == expected_count
+    for i in range(N):
+        for name in ("token_count", "clipped", "ratio", "old_kl", "entropy", "kl", "correction"):
+            np.testing.assert_allclose(sums[name][i], rows[i][name] if i in rows else 0.0, rtol=1e-10, atol=1e-12, err_msg=f"{name} of {i}")
+
+
+def gradient(objective, arguments):
     with jax.enable_x64(True):
-        log_probs, *rest = tokens(seed)
-        loss = jax.jit(lambda x: objective.policy_loss(x, *rest, **CLIP, kl_coefficient=kl_coefficient)[0])
-        gradient = np.asarray(jax.jit(jax.grad(loss))(jnp.asarray(log_probs)))
-        numeric = np.zeros_like(gradient)
-        for index in zip(*np.nonzero(rest[-2] & rest[-1][:, None])):
-            up, down = log_probs.copy(), log_probs.copy()
-            up[index] += 1e-6
-            down[index] -= 1e-6
-            numeric[index] = (loss(up) - loss(down)) / 2e-6
-    assert np.count_nonzero(numeric) >= 3
-    np.testing.assert_allclose(gradient, numeric, rtol=1e-7, atol=1e-8)
+        current, *rest = arguments
+        return jax.device_get(jax.grad(lambda x: policy_loss(x, *rest, objective=objective, num_prompts=P)[0])(current))
 
 
-def test_gradient_is_mask_times_ratio_times_advantage():
-    """RLAX's table: M = 0 where A > 0 and r > 1 + high or A < 0 and r < 1 − low, else 1; at the bounds themselves too."""
-    ratios = np.array([0.5, 0.75, 0.9, 1.0, 1.2, 1.25, 2.0])  # 0.75 and 1.25 are the bounds, exact in binary
-    for advantage, kept in ((2.0, [1, 1, 1, 1, 1, 1, 0]), (-2.0, [0, 1, 1, 1, 1, 1, 1]), (0.0, [1] * 7)):
-        with jax.enable_x64(True):
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective(), Objective(policy_term="sequence_ratio"), Objective(policy_term="log_prob", aggregation="prompt_tokens"),
+        Objective(kl_estimator="k1"), Objective(kl_estimator="k2", dual_clip=1.1), Objective(aggregation="max_length", max_length=7),
+    ],
+)  # fmt: skip
+def test_gradients_equal_finite_differences_of_the_loop(objective):
+    """Where no weight without gradient depends on the policy, the loop itself can be differentiated."""
+    arguments = example()
+    found, current = np.asarray(gradient(objective, arguments)), arguments[0]
+    for i, t in itertools.product(range(N), range(T)):
+        if not (VALID[i] and t < LENGTHS[i]):
+            assert found[i, t] == 0
+            continue
+        values = []
+        for step in (1e-6, -1e-6):
+            moved = current.copy()
+            moved[i, t] += step
+            values.append(loop(objective, moved, *arguments[1:])[0])
+        np.testing.assert_allclose(found[i, t], (values[0] - values[1]) / 2e-6, rtol=1e-5, atol=1e-8, err_msg=f"{i}, {t}")
 
-            def total(log_probs):
-                old = jnp.zeros_like(log_probs)
-                values, clipped = objective.clipped_surrogate(log_probs, old, jnp.array([advantage]), clip_low=0.25, clip_high=0.25)
-                return jnp.sum(values), (values, clipped)
 
-            log_probs = jnp.log(ratios)[None]
-            r = np.exp(np.asarray(log_probs[0]))
-            kept = np.where(np.isclose(ratios, 1.25) & (advantage > 0), r <= 1.25, kept)  # exp(log 1.25) may round above
-            kept = np.where(np.isclose(ratios, 0.75) & (advantage < 0), r >= 0.75, kept)
-            gradient, (values, clipped) = jax.grad(total, has_aux=True)(log_probs)
-        np.testing.assert_allclose(gradient[0], kept * r * advantage, rtol=1e-12)
-        np.testing.assert_array_equal(clipped[0], ~kept.astype(bool))
-        np.testing.assert_allclose(values[0], np.minimum(r * advantage, np.clip(r, 0.75, 1.25) * advantage), rtol=1e-12)
+@pytest.mark.parametrize("importance", list(policy_terms.IMPORTANCE))
+def test_importance_and_correction_carry_no_gradient(importance):
+    """The gradient of w·log π is w·A/len, whatever w depends on."""
+    objective = Objective(importance=importance, policy_term="log_prob", kl_in="reward", correction=Correction("token", high=1.3))
+    arguments = example()
+    found, (current, old, behaviour, *_), advantages = np.asarray(gradient(objective, arguments)), arguments, arguments[5]
+    for i, t in itertools.product(np.flatnonzero(VALID), range(T)):
+        if t >= LENGTHS[i]:
+            continue
+        r = math.exp(current[i, t] - old[i, t])
+        whole = math.exp(sum(current[i, u] - old[i, u] for u in range(LENGTHS[i])))
+        w = {"none": 1.0, "ratio": r, "sequence_ratio": whole, "clipped_ratio": min(max(r, 0.8), 1.2)}[importance]
+        w *= min(math.exp(old[i, t] - behaviour[i, t]), 1.3)
+        np.testing.assert_allclose(found[i, t], -w * advantages[i] / LENGTHS[i], rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", list(aggregation.AGGREGATIONS))
+def test_slices_of_whole_prompts_add_up(name):
+    objective = Objective(aggregation=name, max_length=7)
+    arguments = example()
+    whole, count, _ = evaluate(arguments, objective)
+    parts = [evaluate([x[s] for x in arguments], objective) for s in (slice(0, 3), slice(3, 8))]
+    np.testing.assert_allclose(sum(loss for loss, *_ in parts), whole, rtol=1e-12)
+    np.testing.assert_allclose(sum(c for _, c, _ in parts), count)
+
+
+def test_all_masked_is_zero_with_gradient_zero():
+    arguments = list(example())
+    arguments[8] = np.zeros(N, bool)
+    for objective in (Objective(), Objective(policy_term="sequence_ratio", importance="sequence_ratio", aggregation="batch_tokens")):
+        loss, count, sums = evaluate(arguments, objective)
+        assert loss == 0 and count == 0 and not any(np.any(x) for x in sums.values())
+        assert not np.any(gradient(objective, arguments))
 
 
 def test_on_policy_the_ratio_is_exactly_one():
-    log_probs = jnp.array([[-0.3, -1e-8, -37.123]])
-
-    def total(x):
-        values, clipped = objective.clipped_surrogate(x, jax.lax.stop_gradient(x), jnp.array([-3.0]), clip_low=1e-9, clip_high=1e-9)
-        return jnp.sum(values), (values, clipped)
-
-    gradient, (values, clipped) = jax.grad(total, has_aux=True)(log_probs)
-    np.testing.assert_array_equal(values, [[-3.0] * 3])
-    np.testing.assert_array_equal(gradient, [[-3.0] * 3])
-    assert not clipped.any()
+    arguments = list(example(np.float32))
+    arguments[1] = arguments[0]
+    _, _, sums = evaluate(arguments, Objective())
+    np.testing.assert_array_equal(sums["ratio"], sums["token_count"])
+    assert not np.any(sums["clipped"]) and not np.any(sums["old_kl"])
 
 
-def test_only_the_trained_log_probs_carry_gradient():
-    log_probs, old, reference, advantages, mask, valid = tokens(0, np.float32)
-    loss = lambda *x: objective.policy_loss(*x, mask, valid, **CLIP, kl_coefficient=0.5)[0]  # noqa: E731
-    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(log_probs, old, reference, advantages)
-    assert np.isfinite(gradients[0]).all() and np.any(gradients[0] != 0)
-    assert np.all(gradients[0][~(mask & valid[:, None])] == 0)
-    for gradient in gradients[1:]:
-        np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
+def test_huge_gaps_stay_finite():
+    arguments = list(example(np.float32))
+    arguments[0] = np.full((N, T), -1e4, np.float32)
+    for objective in (Objective(), Objective(importance="sequence_ratio", policy_term="log_prob"), Objective(correction=Correction("sequence"))):
+        assert np.isfinite(evaluate(arguments, objective)[0])
 
 
-k3_and_gradient = jax.jit(jax.value_and_grad(lambda x, reference: jnp.sum(objective.k3(x, reference))))
+def test_a_coefficient_without_a_reference_shows():
+    arguments = list(example())
+    arguments[3] = None
+    assert np.isnan(evaluate(arguments, Objective())[0])
+    arguments[6] = np.zeros(N)
+    assert np.isfinite(evaluate(arguments, Objective())[0])
 
 
-@EXAMPLES
-@given(difference=st.floats(-1e4, 1e4, width=32), log_prob=st.floats(-100, 0, width=32))
-def test_k3_is_finite_and_never_negative(difference, log_prob):
-    log_probs, reference = np.float32([[log_prob]]), np.float32([[log_prob + difference]])
-    value, gradient = k3_and_gradient(log_probs, reference)
-    assert value >= 0 and np.isfinite(value) and np.isfinite(gradient).all()
+@pytest.mark.parametrize("part", ["aggregation", "importance", "policy_term", "kl_estimator", "kl_in"])
+def test_unknown_parts_are_named(part):
+    with pytest.raises(ValueError, match=f"{part} is 'nonsense', must be"):
+        evaluate(example(), dataclasses.replace(Objective(), **{part: "nonsense"}))
 
 
-def test_k3_loses_no_sign_to_rounding():
-    """Written as exp(d) − d − 1, a quarter of these would be negative in float32."""
-    small = np.logspace(-8, 0, 20001, dtype=np.float32)
-    differences = np.concatenate([-small, small])[None]
-    value = np.asarray(jax.jit(objective.k3)(np.zeros_like(differences), differences), np.float64)
-    exact = np.expm1(differences.astype(np.float64)) - differences
-    assert np.all(value >= 0)
-    assert np.all(np.abs(value - exact) <= 1e-5 * exact + 5e-7 * np.abs(differences))
-
-
-def test_k3_value_and_gradient():
-    differences = np.array([-25.0, -3.0, -0.1, -1e-4, 0.0, 1e-4, 0.1, 3.0, 25.0])[None]
-    with jax.enable_x64(True):
-        log_probs = jnp.full((1, 9), -1.5)
-        _, gradient = k3_and_gradient(log_probs, log_probs + differences)
-        value = objective.k3(log_probs, log_probs + differences)
-    held = np.clip(differences, -20, 20)
-    np.testing.assert_allclose(value, np.exp(held) - held - 1, rtol=1e-7, atol=1e-15)
-    np.testing.assert_allclose(gradient, np.where(np.abs(differences) > 20, 0, 1 - np.exp(differences)), rtol=1e-9, atol=1e-12)
-
-
-def test_completion_weights():
-    mask = np.array([[True, True, False], [False, False, False], [True, True, True], [True, False, False]])
-    weights, count = objective.completion_weights(mask, np.array([True, True, False, True]))
-    np.testing.assert_array_equal(weights, np.float32([[0.5, 0.5, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]]))
-    assert count == 3.0 and weights.dtype == count.dtype == jnp.float32
-
-
-def test_micro_batches_add_up():
-    arguments = tokens(1, np.float32)
-    fn = jax.jit(functools.partial(objective.policy_loss, **CLIP, kl_coefficient=0.1))
-    whole = fn(*arguments)
-    parts = [fn(*(x[s] for x in arguments)) for s in (slice(0, 1), slice(1, 5))]
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), jax.tree.map(jnp.add, *parts), whole)
-
-
-def test_nothing_to_train_on_is_zero_not_nan():
-    log_probs, old, reference, advantages, mask, valid = tokens(0, np.float32)
-    for m, v, expected in ((np.zeros_like(mask), valid, 4), (mask, np.zeros_like(valid), 0)):
-        loss, count, sums = objective.policy_loss(log_probs, old, reference, advantages, m, v, **CLIP, kl_coefficient=0.1)
-        assert loss == 0 and count == expected and all(value == 0 for value in sums.values())
-
-
-def test_no_reference_computes_no_kl():
-    log_probs, old, reference, advantages, mask, valid = tokens(0, np.float32)
-    fn = lambda ref, beta: objective.policy_loss(log_probs, old, ref, advantages, mask, valid, **CLIP, kl_coefficient=beta)  # noqa: E731
-    without, measured = fn(None, 0.0), fn(reference, 0.0)
-    assert "kl" not in without[2] and measured[2]["kl"] > 0 and without[0] == measured[0]
-    with pytest.raises(ValueError, match="kl_coefficient is 0.1 without a reference, must be 0"):
-        fn(None, 0.1)
-
-
-def test_extreme_ratios_stay_finite():
-    log_probs, old = jnp.array([[0.0, -400.0, 0.0]]), jnp.array([[-400.0, 0.0, -90.0]])
-
-    @jax.jit
-    @jax.value_and_grad
-    def loss(x, advantage):
-        mask, valid = jnp.ones((1, 3), bool), jnp.ones(1, bool)
-        return objective.policy_loss(x, old, old, advantage, mask, valid, **CLIP, kl_coefficient=0.1)[0]
-
-    for advantage in (-1.0, 0.0, 1.0):
-        value, gradient = loss(log_probs, jnp.array([advantage]))
-        assert np.isfinite(value) and np.isfinite(gradient).all()
+def test_penalties_and_adaptive_coefficient():
+    old, reference = np.log([[0.5, 0.25], [0.5, 0.5]]).astype(np.float32), np.log([[0.25, 0.5], [0.25, 0.5]]).astype(np.float32)
+    counted = np.array([[True, True], [True, False]])
+    np.testing.assert_allclose(regularisers.penalties(old, reference, counted, "k1"), [0.0, math.log(2)], atol=1e-6)
+    np.testing.assert_allclose(regularisers.penalties(old, reference, counted, "k2"), [math.log(2) ** 2, math.log(2) ** 2 / 2], rtol=1e-6)
+    beta, kl = jnp.float32([0.1, 0.1, 0.1, 0.1]), jnp.float32([0.2, 0.05, 0.11, jnp.nan])
+    moved = regularisers.adapt(beta, kl, jnp.full(4, 0.1, jnp.float32), 10.0)
+    np.testing.assert_allclose(moved, [0.1 * 1.02, 0.1 * 0.98, 0.1 * 1.01, 0.1], rtol=1e-6)

@@ -1,16 +1,67 @@
-"""Presets are data with bounds."""
+"""Presets are data with bounds; each one's loss and gradient on an example written out in docs/algorithm.md, "By hand: the objective"."""
 
+import dataclasses
 import math
 
+import jax
+import numpy as np
 import pytest
 
-from pgrpo_jax.algorithms import advantages, presets
+from pgrpo_jax.algorithms import presets, reward_history
+from pgrpo_jax.algorithms.advantages import AdvantageSettings, estimate
+from pgrpo_jax.algorithms.objective import policy_loss
+
+# Two prompts, two completions each, of 2, 1, 1 and 1 tokens; the ratio to the old policy is 2, 1/2, 1, 1 and 1.
+MASK = np.array([[1, 1], [1, 0], [1, 0], [1, 0]], bool)
+PROMPTS = np.array([0, 0, 1, 1], np.int32)
+REWARDS = np.array([1.0, 0.0, 1.0, 1.0])
+CURRENT = np.log(np.array([[0.5, 0.25], [0.5, 1.0], [0.5, 1.0], [0.5, 1.0]]))
+OLD = np.log(np.array([[0.25, 0.5], [0.5, 1.0], [0.5, 1.0], [0.5, 1.0]]))
+REFERENCE = np.log(np.array([[0.5, 0.5], [0.5, 1.0], [0.5, 1.0], [0.5, 1.0]]))
+PAST = np.array([0.0, 1.0, 0.0, 1.0])  # of the one preference group: mean 1/2, deviation 1/2
+
+BATCH = math.sqrt(3) / 4  # deviation of the four rewards, mean 3/4
+# name -> (advantages, loss, gradient of the loss by each of the five log-probs): the table of the documentation
+KL = math.log(2) ** 2 / 2  # k2 of the second token; its k3 is 1 − log 2
+BY_HAND = {
+    "grpo": ([1, -1, 0, 0], (-(1.2 + 0.5) / 2 + 0.04 * (1 - math.log(2)) / 2 + 1) / 4, [0, (-0.5 - 0.04) / 8, 1 / 4, 0, 0]),
+    "p_grpo": ([1, -1, 1, 1], (-(1.2 + 0.5) / 2 + 0.04 * (1 - math.log(2)) / 2 + 1 - 2) / 4, [0, (-0.5 - 0.04) / 8, 1 / 4, -1 / 4, -1 / 4]),
+    "dr_grpo": ([0.5, -0.5, 0, 0], (-(1.2 + 0.5) * 0.5 + 0.5) / 16, [0, -0.25 / 16, 0.5 / 16, 0, 0]),
+    "dapo": ([1, -1, 0, 0], (-(1.28 + 0.5) + 1) / 5, [0, -0.5 / 5, 1 / 5, 0, 0]),
+    "rloo": ([1, -1, 0, 0], (3 * math.log(2) - math.log(2)) / 4, [-1 / 4, -1 / 4, 1 / 4, 0, 0]),
+    "reinforce": ([0.5, -0.5, 0, 0], (1.5 * math.log(2) - 0.5 * math.log(2)) / 4, [-0.5 / 4, -0.5 / 4, 0.5 / 4, 0, 0]),
+    "reinforce_pp": (
+        [0.25 / BATCH, -0.75 / BATCH, 0.25 / BATCH, 0.25 / BATCH],
+        (-(1.2 + 0.5) * 0.25 / BATCH + 0.75 / BATCH - 0.5 / BATCH + 0.01 * KL) / 5,
+        [0, (-0.5 * 0.25 / BATCH - 0.01 * math.log(2)) / 5, 0.75 / BATCH / 5, -0.25 / BATCH / 5, -0.25 / BATCH / 5],
+    ),
+    "cispo": ([1, -1, 0, 0], ((1.2 * math.log(2) + 0.5 * 2 * math.log(2)) - math.log(2)) / 3 / 2, [-1.2 / 6, -0.5 / 6, 1 / 6, 0, 0]),
+    "gspo": ([1, -1, 0, 0], (-(1 + 1) / 2 + 1) / 4, [-1 / 8, -1 / 8, 1 / 4, 0, 0]),
+}
 
 
-def test_the_presets_are_the_papers():
-    assert presets.resolve("grpo") == presets.Preset(advantage="grpo", clip_low=0.2, clip_high=0.2, kl_coefficient=0.04)
-    assert presets.resolve("p_grpo") == presets.Preset(advantage="p_grpo", clip_low=0.2, clip_high=0.2, kl_coefficient=0.04)
-    assert {preset.advantage for preset in presets.PRESETS.values()} <= set(advantages.ESTIMATORS)
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_the_example_of_the_documentation(name):
+    expected, expected_loss, expected_gradient = BY_HAND[name]
+    preset = presets.PRESETS[name]
+    zeros, ones = np.zeros(4, np.int32), np.ones(4, bool)
+    with jax.enable_x64(True):
+        history = reward_history.batch_moments(PAST, zeros, ones, 1)
+        settings = AdvantageSettings(baseline=preset.baseline, scale=preset.scale, epsilon=0.0, min_count=4.0)
+        advantages, *_ = estimate(REWARDS, PROMPTS, zeros, zeros, zeros, ones, history, settings=settings, num_prompts=2)
+        objective = dataclasses.replace(preset.objective, max_length=4)
+        reference = REFERENCE if preset.kl_coefficient else None
+        betas = np.full(4, preset.kl_coefficient)
+
+        def loss(current):
+            fixed = OLD, OLD, reference, np.zeros((4, 2)), advantages, betas, MASK, ones, PROMPTS
+            total, count, _ = policy_loss(current, *fixed, objective=objective, num_prompts=2)
+            return total / count
+
+        advantages, (value, gradient) = jax.device_get((advantages, jax.value_and_grad(loss)(CURRENT)))
+    np.testing.assert_allclose(advantages, expected, atol=1e-12)
+    np.testing.assert_allclose(value, expected_loss, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(np.asarray(gradient)[MASK], expected_gradient, rtol=1e-9, atol=1e-12)
 
 
 def test_every_preset_holds_its_own_bounds():
@@ -18,15 +69,20 @@ def test_every_preset_holds_its_own_bounds():
         assert presets.resolve(name) == preset
 
 
+def test_p_grpo_differs_from_grpo_in_the_estimator_alone():
+    assert dataclasses.replace(presets.PRESETS["p_grpo"], baseline="cohort", scale="cohort") == presets.PRESETS["grpo"]
+
+
 def test_overrides_replace_and_none_keeps():
-    preset = presets.resolve("p_grpo", clip_low=None, clip_high=0.28, kl_coefficient=0.0)
-    assert preset == presets.Preset(advantage="p_grpo", clip_low=0.2, clip_high=0.28, kl_coefficient=0.0)
+    preset = presets.resolve("p_grpo", clip_low=None, clip_high=0.28, kl_coefficient=0.0, aggregation="sum", baseline="cohort", oversample=3)
+    expected = dataclasses.replace(presets.PRESETS["grpo"].objective, clip_high=0.28, aggregation="sum")
+    assert preset == presets.Preset(baseline="cohort", scale="history", objective=expected, kl_coefficient=0.0, oversample=3)
 
 
 @pytest.mark.parametrize(
     "key, value",
-    [("clip_low", 0.0), ("clip_low", 1.1), ("clip_low", math.nan), ("clip_high", -0.2), ("clip_high", math.inf)]
-    + [("kl_coefficient", -1e-9), ("kl_coefficient", math.nan)],
+    [("clip_low", 0.0), ("clip_low", 1.1), ("clip_low", math.nan), ("clip_high", -0.2), ("clip_high", math.inf), ("dual_clip", 0.5)]
+    + [("kl_coefficient", -1e-9), ("kl_coefficient", math.nan), ("entropy_coefficient", -1.0)],
 )
 def test_values_out_of_bounds_are_one_line(key, value):
     with pytest.raises(ValueError, match=rf"^{key} is {value}, must be .*: set config.algorithm.{key}$"):
@@ -34,7 +90,11 @@ def test_values_out_of_bounds_are_one_line(key, value):
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(ValueError, match="^preset is 'pgrpo', must be one of grpo, p_grpo: set config.preset$"):
+    with pytest.raises(ValueError, match="^preset is 'pgrpo', must be one of cispo, dapo, dr_grpo, grpo, .*: set config.preset$"):
         presets.resolve("pgrpo")
-    with pytest.raises(ValueError, match="^override 'clip' is unknown, must be one of clip_low, clip_high, kl_coefficient"):
+    with pytest.raises(ValueError, match="^override 'clip' is unknown, must be one of baseline, scale, aggregation"):
         presets.resolve("grpo", clip=0.1)
+    with pytest.raises(ValueError, match="^aggregation is 'mean', must be one of completion, prompt_tokens, .*: set config.algorithm.aggregation$"):
+        presets.resolve("grpo", aggregation="mean")
+    with pytest.raises(ValueError, match="^oversample is 1.5, must be a whole number of at least 1: set config.curation.oversample$"):
+        presets.resolve("dapo", oversample=1.5)

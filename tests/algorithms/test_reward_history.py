@@ -55,6 +55,7 @@ def test_all_masked_is_exactly_empty():
     moments = batch_moments(np.full(4, np.nan, np.float32), np.zeros(4, np.int32), np.zeros(4, bool), 2)
     for leaf in (moments.count, moments.mean, moments.m2):
         assert np.array_equal(leaf, np.zeros(2))
+    assert np.array_equal(moments.weight, np.ones(2))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6, -1e7, 1e20])
@@ -113,10 +114,10 @@ def test_an_empty_side_changes_no_bit(value):
 
 
 def test_counts_neither_overflow_nor_stop():
-    big = RewardHistory(count=jnp.array([2**30]), mean=jnp.array([1.0]), m2=jnp.array([2.0**30]))
+    big = RewardHistory(count=jnp.array([2**30]), weight=jnp.ones(1), mean=jnp.array([1.0]), m2=jnp.array([2.0**30]))
     merged = merge(big, of([3.0]))
     assert merged.count[0] == 2**30 + 1  # a float32 count would still be 2**30
-    merged = merge(big, RewardHistory(count=jnp.array([2**29]), mean=jnp.array([4.0]), m2=jnp.array([0.0])))
+    merged = merge(big, RewardHistory(count=jnp.array([2**29]), weight=jnp.ones(1), mean=jnp.array([4.0]), m2=jnp.array([0.0])))
     assert merged.mean[0] == 2.0
     np.testing.assert_allclose(reward_history.std(merged)[0], math.sqrt((2**30 + 9 * 2**30 / 3) / (3 * 2**29)), rtol=1e-6)
     full = merge(big, merge(big, big))
@@ -124,7 +125,7 @@ def test_counts_neither_overflow_nor_stop():
 
 
 def test_std_and_its_floor():
-    history = RewardHistory(count=jnp.array([0, 4, 4]), mean=jnp.zeros(3), m2=jnp.array([0.0, 16.0, 0.0001]))
+    history = RewardHistory(count=jnp.array([0, 4, 4]), weight=jnp.ones(3), mean=jnp.zeros(3), m2=jnp.array([0.0, 16.0, 0.0001]))
     np.testing.assert_allclose(reward_history.std(history), [0.0, 2.0, 0.005], rtol=1e-6)
     np.testing.assert_allclose(reward_history.std(history, floor=0.5), [0.5, 2.0, 0.5], rtol=1e-6)
 

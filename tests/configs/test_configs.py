@@ -13,7 +13,7 @@ from configs import base
 from pgrpo_jax import placement, settings
 
 ROOT = pathlib.Path(__file__).parents[2]
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base"))
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base", "laboratory"))
 
 
 def leaves(config, prefix=""):
