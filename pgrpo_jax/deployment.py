@@ -22,6 +22,7 @@ from pgrpo_jax.exchange import CollectiveStop, Exchange
 from pgrpo_jax.learner import Learner
 from pgrpo_jax.parameter_server import ParameterServer
 from pgrpo_jax.preemption import Stop
+from pgrpo_jax.record import differences
 from pgrpo_jax.rollout_files import find_rollouts
 from pgrpo_jax.run_directory import check_workdir, RunDirectory
 from pgrpo_jax.structs import RewardFailure
@@ -125,9 +126,22 @@ def _inline(wanted: _Wanted) -> Deployment:
 
 
 def _replay(wanted: _Wanted) -> Deployment:
-    """As inline, but training units are not generated: they are those that another run recorded."""
-    replay, parts = wanted.config.replay, _inline(wanted)
-    engine = ReplayEngine(find_rollouts(replay.path), relabel=replay.relabel, task=parts.task, others=parts.engine)
+    """As inline, but training units are not generated: they are those that another run recorded.
+
+    Under "deterministic" they stand for what this run would generate, which they are only where all that decides the trajectory is equal. Under
+    "freshest" they are off-policy data: the log-probs of the policy that generated them stand for the old policy's.
+    """
+    config, relabel = wanted.config, wanted.config.staleness.policy == "freshest"
+    files = find_rollouts(config.replay.path)
+    earlier = RunDirectory(config.replay.path).config() or {}
+    different = differences(earlier, wanted.identity, but=("replay.path",))
+    if different and not relabel:
+        raise ValueError(
+            f"replay.path = {config.replay.path} was recorded under another configuration ({'; '.join(different)}), so its rollouts are not those of "
+            "this run: set staleness.policy to freshest and staleness.accept to 0 to train on them off-policy"
+        )
+    parts = _inline(wanted)
+    engine = ReplayEngine(files, relabel=relabel, task=parts.task, others=parts.engine)
     return dataclasses.replace(parts, engine=engine)
 
 

@@ -10,7 +10,7 @@ For looking before paying (`microscope.py`), for estimates of the prompts' diffi
 
 import contextlib
 import math
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -77,12 +77,24 @@ def _check_records(directory: RunDirectory, identity: Mapping[str, Any]) -> None
     if (directory.path / "metrics.jsonl").exists() or (directory.path / "checkpoints").exists():
         raise ValueError(f"{directory.path} holds a training run, whose rollouts are recorded already: give another --workdir")
     earlier = directory.config()
-    # config.json holds null for what is not finite.
-    infinite = {key for key, value in identity.items() if isinstance(value, float) and not math.isfinite(value)}
-    wanted = {key: None if key in infinite else value for key, value in identity.items() if key != "num_steps"}
-    different = [f"{k}: {earlier.get(k)} there, {v} here" for k, v in sorted(wanted.items()) if earlier is not None and earlier.get(k) != v]
-    if different:
+    if earlier is not None and (different := differences(earlier, identity, but=("num_steps",))):
         raise ValueError(f"{directory.path} holds rollouts of another configuration ({'; '.join(different)}): use another --workdir")
+
+
+def differences(earlier: Mapping[str, Any], identity: Mapping[str, Any], *, but: Collection[str] = ()) -> list[str]:
+    """Compares a recorded configuration with one that is to go on from it.
+
+    Args:
+        earlier: of `RunDirectory.config`, where a number that is not finite is None.
+        identity: the identity keys, flat.
+        but: keys that may differ.
+
+    Returns:
+        "key: value there, value here" of each identity key that differs, in the order of the keys.
+    """
+    infinite = {key for key, value in identity.items() if isinstance(value, float) and not math.isfinite(value)}
+    wanted = {key: None if key in infinite else value for key, value in sorted(identity.items()) if key not in but}
+    return [f"{key}: {earlier.get(key, '(absent)')} there, {value} here" for key, value in wanted.items() if earlier.get(key, "(absent)") != value]
 
 
 def _version_0(config: Any, base: assembly.Base) -> Any:

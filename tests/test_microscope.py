@@ -170,9 +170,9 @@ def test_own_scheme_shapes_rewards_and_takes_components_apart(few_schemes):
 
 def test_rewards_of_stale_completions_weigh_what_the_configuration_says(few_schemes):
     steps = (Step(4, (unit(0, ["ann"], [[0.0, 2.0] * 8], [0], step=3, version=1),)), Step(5, (unit(1, ["ann"], [[5.0]], [0], step=4),)))
-    limited = dataclasses.replace(BASE, staleness_limit=2)
-    assert microscope.look(steps, BASE).warm.tolist() == [False] * 16 + [True]
-    assert not microscope.look(steps, limited).warm.any()
+    for limit, warm in ((0, True), (3, True), (2, False)):  # version 1 is trained on after 3 updates: staleness 2
+        table = microscope.look(steps, dataclasses.replace(BASE, staleness_limit=limit))
+        assert table.warm.tolist() == [False] * 16 + [warm]
 
 
 def test_the_history_row_of_a_prompt_is_the_recorded_arm(few_schemes):

@@ -100,7 +100,7 @@ class ReplayEngine:
         if recorded.work.version != work.version and not self._relabel:
             raise ValueError(
                 f"work unit {work.index} was recorded under weight version {recorded.work.version}, version {work.version} must generate it: "
-                "replay under the staleness and prompts_per_step of that run, or set replay.relabel"
+                "replay under the configuration of that run, or set staleness.policy to freshest to train on it off-policy"
             )
         prompts = recorded.prompt_records
         if self._task is not None:

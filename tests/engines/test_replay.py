@@ -68,12 +68,30 @@ def test_the_rollouts_of_a_run_train_it_again_to_the_bit(recorded, tmp_path):
     assert digest == RunDirectory(recorded).summary()["state_sha256"]
 
 
-def test_a_deployed_replay_trains_another_scheme_on_the_same_answers_and_generates_the_held_out_ones(recorded, tmp_path):
-    changes = SHORT | {"preset": "grpo", "staleness__accept": 1, "algorithm__arm": "pooled"}
-    config = small_config.config(**changes)
+def replaying(path, **changes):
+    """Configuration and identity of a run on recorded rollouts."""
+    config, identity = small_config.config(**changes), small_config.identity(**changes)
     with config.unlocked():
-        config.replay.update(path=str(recorded), relabel=True)
-    parts = deploy(config, identity=small_config.identity(**changes), workdir=tmp_path / "other", stop=Stop(), engine="replay")
+        config.replay = {"path": str(path)}
+    return config, identity | {"replay.path": str(path)}
+
+
+def test_a_deployed_replay_is_the_run_that_was_recorded(recorded, tmp_path):
+    config, identity = replaying(recorded, **SHORT)
+    parts = deploy(config, identity=identity, workdir=tmp_path / "again", stop=Stop(), engine="replay")
+    with contextlib.closing(parts):
+        assert trained_on(config, parts, parts.engine) == RunDirectory(recorded).summary()["state_sha256"]
+
+
+def test_under_another_configuration_the_same_answers_are_off_policy(recorded, tmp_path):
+    changes = SHORT | {"preset": "grpo", "algorithm__arm": "pooled"}
+    config, identity = replaying(recorded, **changes)
+    wanted = r"algorithm.arm: preference there, pooled here; preset: p_grpo there, grpo here\), .*: set staleness.policy to freshest"
+    with pytest.raises(ValueError, match=wanted):
+        deploy(config, identity=identity, workdir=tmp_path / "other", stop=Stop(), engine="replay")
+    assert not (tmp_path / "other").exists()
+    config, identity = replaying(recorded, **changes | {"staleness__policy": "freshest", "staleness__accept": 0})
+    parts = deploy(config, identity=identity, workdir=tmp_path / "other", stop=Stop(), engine="replay")
     with contextlib.closing(parts):
         digest = trained_on(config, parts, parts.engine)
         history = jax.device_get(parts.learner.state.history)
@@ -118,7 +136,7 @@ def test_another_version_is_refused_unless_it_is_relabelled(recorded):
     for engine in (strict, lenient):
         engine.publish(offer(0))
         engine.submit(asked)
-    with pytest.raises(ValueError, match="unit 6 was recorded under weight version 2, version 0 must generate it: .*replay.relabel"):
+    with pytest.raises(ValueError, match="unit 6 was recorded under weight version 2, version 0 must generate it: .*staleness.policy to freshest"):
         strict.poll(0.0)
     assert lenient.poll(0.0)[1].rollouts.work == asked
 
