@@ -124,6 +124,26 @@ def test_counts_neither_overflow_nor_stop():
     assert full.count[0] == 2**31 - 1 and full.mean[0] == 1.0
 
 
+@pytest.mark.parametrize("size", [10**6, 10**8, 2 * 10**9])
+def test_few_rewards_beside_very_many_of_next_to_no_weight(size):
+    """What shrinkage does for a rare preference group: 10 rewards of its own and 5 rewards' worth of everybody's."""
+    few = RewardHistory(count=jnp.array([10]), weight=jnp.ones(1), mean=jnp.zeros(1), m2=jnp.array([10.0]))
+    many = RewardHistory(count=jnp.array([size]), weight=jnp.float32([5 / size]), mean=jnp.ones(1), m2=jnp.array([5.0]))
+    for merged in (merge(few, many), merge(many, few)):
+        np.testing.assert_allclose(reward_history.effective_count(merged), [15.0], rtol=1e-6)
+        np.testing.assert_allclose(merged.mean, [1 / 3], rtol=1e-6)
+        np.testing.assert_allclose(reward_history.std(merged), [math.sqrt((15 + 10 / 3) / 15)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("weight", [0.0, 1e-45, 1e-40, 1e-38])
+def test_a_weight_that_is_no_normal_number_counts_nowhere(weight, compiled):
+    moments_of = batch_moments if compiled else reward_history.batch_moments
+    rewards, ids, ones = np.float32([0.3, 0.7, 0.9]), np.int32([0, 0, 1]), np.ones(3, bool)
+    moments = moments_of(rewards, ids, ones, 2, weights=np.float32([weight, weight, 1.0]))
+    assert_moments(moments, [[], [np.float32(0.9)]], rtol=1e-7)
+
+
 def test_std_and_its_floor():
     history = RewardHistory(count=jnp.array([0, 4, 4]), weight=jnp.ones(3), mean=jnp.zeros(3), m2=jnp.array([0.0, 16.0, 0.0001]))
     np.testing.assert_allclose(reward_history.std(history), [0.0, 2.0, 0.005], rtol=1e-6)
