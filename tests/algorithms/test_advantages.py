@@ -67,6 +67,30 @@ def test_the_example_of_the_documentation():
     np.testing.assert_allclose(reward_history.std(merged), [0.25, np.sqrt(1 / 6)], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "changes, warm, cold",
+    [
+        ({"baseline": "cohort", "scale": "none"}, [-0.2, 0.2], [0.5, -0.5]),
+        ({"baseline": "leave_one_out", "scale": "none"}, [-0.4, 0.4], [1, -1]),
+        ({"baseline": "cohort"}, [-(2**0.5), 2**0.5], [1, -1]),
+        ({"blend": 0.5}, [-3 * 2**0.5 / 4, 5 * 2**0.5 / 4], [1, -1]),
+        ({"cold_start": "zero"}, [-(2**0.5) / 2, 3 * 2**0.5 / 2], [0, 0]),
+        ({"cold_start": "pooled"}, [-(2**0.5) / 2, 3 * 2**0.5 / 2], [0.66 / 0.0224**0.5, -0.34 / 0.0224**0.5]),
+        ({"shrinkage": 4.0}, [-0.12 / 0.0216**0.5, 0.28 / 0.0216**0.5], [0.628 / 0.022016**0.5, -0.372 / 0.022016**0.5]),
+    ],
+    ids=str,
+)
+def test_the_relatives_in_the_documentation(changes, warm, cold):
+    """The second table of "By hand"."""
+    rewards, prompt_index, owners = np.float32([0.2, 0.6, 0.8, 0.8, 1.0, 0.0]), ids(0, 0, 1, 1, 2, 2), ids(0, 0, 0, 0, 1, 1)
+    s = dataclasses.replace(AdvantageSettings(epsilon=0.0, std_floor=1e-3, min_count=4.0), **changes)
+    rows = rewards, prompt_index, owners, owners, np.zeros_like(owners), np.ones(6, bool)
+    found, _, diagnostics = estimate(*rows, history_of([[0.1, 0.3, 0.3, 0.5], [0.5]]), settings=s, num_prompts=3)
+    np.testing.assert_allclose(found[:2], warm, rtol=2e-5)
+    np.testing.assert_allclose(found[4:], cold, rtol=2e-5)
+    np.testing.assert_allclose(diagnostics.effective_count, [4 + s.shrinkage, 1 + s.shrinkage])
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_corollary_holds_for_every_completion(seed):
     with jax.enable_x64(True):
