@@ -233,14 +233,19 @@ def affine(history: RewardHistory, scale: chex.Array, offset: chex.Array) -> Rew
     return history.replace(mean=history.mean * scale + offset, m2=history.m2 * scale * scale)
 
 
+def joined(history: RewardHistory) -> RewardHistory:
+    """Moments of the parts along the first axis together, merged in their order: [W, S] rows -> [S]."""
+    empty = jax.tree.map(lambda x: jnp.zeros_like(x[0]), history)
+    return jax.lax.scan(_joined_with, empty.replace(weight=jnp.ones_like(empty.weight)), history)[0]
+
+
+def _joined_with(total: RewardHistory, part: RewardHistory) -> tuple[RewardHistory, None]:
+    return merge(total, part), None
+
+
 def pooled(history: RewardHistory) -> RewardHistory:
     """Moments of all segments together, [1] row, merged in their order."""
-    def add(total: RewardHistory, row: RewardHistory) -> tuple[RewardHistory, None]:
-        return merge(total, row), None
-
-    rows_apart = jax.tree.map(lambda x: x[:, None], history)
-    empty = jax.tree.map(jnp.zeros_like, jax.tree.map(lambda x: x[0], rows_apart))
-    return jax.lax.scan(add, empty.replace(weight=jnp.ones_like(empty.weight)), rows_apart)[0]
+    return joined(jax.tree.map(lambda x: x[:, None], history))
 
 
 def std(history: RewardHistory, *, floor: float = 0.0, sample: bool = False) -> chex.Array:
