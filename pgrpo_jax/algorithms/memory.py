@@ -65,13 +65,7 @@ def read(memory: Memory, history: RewardHistory) -> RewardHistory:
     """Returns the moments [K] that a history of one component stands for."""
     if memory.kind != "window":
         return history
-
-    def add(total: RewardHistory, slot: RewardHistory) -> tuple[RewardHistory, None]:
-        return reward_history.merge(total, slot), None
-
-    oldest_first = jax.tree.map(lambda x: x[::-1], history)
-    empty = jax.tree.map(lambda x: jnp.zeros_like(x[0]), history)
-    return jax.lax.scan(add, empty.replace(weight=jnp.ones_like(empty.weight)), oldest_first)[0]
+    return reward_history.joined(jax.tree.map(lambda x: x[::-1], history))  # oldest first
 
 
 def absorb(memory: Memory, history: RewardHistory, batch: RewardHistory) -> RewardHistory:

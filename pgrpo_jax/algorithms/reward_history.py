@@ -105,7 +105,8 @@ def batch_moments(
         ids: [B] int, the segment of each row; rows outside [0, S) count nowhere.
         mask: [B] bool, False on rows that do not count.
         num_segments: S.
-        weights: [B] float in [0, 1], what each reward counts for; None = 1. A row of weight 0 counts nowhere, as if masked.
+        weights: [B] float in [0, 1], what each reward counts for; None = 1. A row of weight 0, or of one
+            too small for a normal number, counts nowhere, as if masked.
         axis_name: mapped axis whose devices share the segments, or None.
 
     Returns:
@@ -114,7 +115,7 @@ def batch_moments(
     chex.assert_rank([rewards, ids, mask], 1)
     chex.assert_type(rewards, float)
     if weights is not None:
-        mask = mask & (weights > 0)
+        mask = mask & (weights >= jnp.finfo(rewards.dtype).tiny)  # below, what is divided by may have been flushed to 0
 
     def total(values: chex.Array) -> chex.Array:
         return segment_sum(values, ids, mask, num_segments, axis_name=axis_name)
@@ -160,14 +161,24 @@ def merge(a: RewardHistory, b: RewardHistory) -> RewardHistory:
     fraction_b = weight_b / jnp.where(weight_a + weight_b > 0, weight_a + weight_b, 1)
     both = (a.count > 0) & (b.count > 0)
     delta = jnp.where(both, b.mean - a.mean, 0)
-    # Of the mean weights by their difference, so that 1 and 1 are exactly 1 however many rewards there are.
-    share_b = added.astype(a.mean.dtype) / jnp.maximum(count, 1).astype(a.mean.dtype)
     return RewardHistory(
         count=count,
-        weight=jnp.where(a.count > 0, a.weight + jnp.where(both, b.weight - a.weight, 0) * share_b, b.weight),
+        weight=jnp.where(both, _mean_weight(a, b, added), jnp.where(a.count > 0, a.weight, b.weight)),
         mean=jnp.where(a.count > 0, a.mean + delta * fraction_b, b.mean),
         m2=a.m2 + b.m2 + delta * delta * weight_a * fraction_b,
     )
+
+
+def _mean_weight(a: RewardHistory, b: RewardHistory, added: chex.Array) -> chex.Array:
+    """[S] mean weight of the rewards of `a` and `added` ones of `b`.
+
+    By the difference of the weights, so that 1 and 1 are exactly 1 however many rewards there are, and from the side with more rewards:
+    from the other one, a few rewards of weight 1 beside many of next to none would cancel to nothing but rounding.
+    """
+    b_is_more = added > a.count
+    more, fewer = jnp.where(b_is_more, b.weight, a.weight), jnp.where(b_is_more, a.weight, b.weight)
+    share_of_fewer = jnp.minimum(added, a.count).astype(more.dtype) / jnp.maximum(a.count + added, 1).astype(more.dtype)
+    return more + (fewer - more) * share_of_fewer
 
 
 def remove(history: RewardHistory, part: RewardHistory) -> RewardHistory:
@@ -222,14 +233,19 @@ def affine(history: RewardHistory, scale: chex.Array, offset: chex.Array) -> Rew
     return history.replace(mean=history.mean * scale + offset, m2=history.m2 * scale * scale)
 
 
+def joined(history: RewardHistory) -> RewardHistory:
+    """Moments of the parts along the first axis together, merged in their order: [W, S] rows -> [S]."""
+    empty = jax.tree.map(lambda x: jnp.zeros_like(x[0]), history)
+    return jax.lax.scan(_joined_with, empty.replace(weight=jnp.ones_like(empty.weight)), history)[0]
+
+
+def _joined_with(total: RewardHistory, part: RewardHistory) -> tuple[RewardHistory, None]:
+    return merge(total, part), None
+
+
 def pooled(history: RewardHistory) -> RewardHistory:
     """Moments of all segments together, [1] row, merged in their order."""
-    def add(total: RewardHistory, row: RewardHistory) -> tuple[RewardHistory, None]:
-        return merge(total, row), None
-
-    rows_apart = jax.tree.map(lambda x: x[:, None], history)
-    empty = jax.tree.map(jnp.zeros_like, jax.tree.map(lambda x: x[0], rows_apart))
-    return jax.lax.scan(add, empty.replace(weight=jnp.ones_like(empty.weight)), rows_apart)[0]
+    return joined(jax.tree.map(lambda x: x[:, None], history))
 
 
 def std(history: RewardHistory, *, floor: float = 0.0, sample: bool = False) -> chex.Array:

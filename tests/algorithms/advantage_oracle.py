@@ -1,17 +1,20 @@
 """What the estimators must compute, written as plain loops over Python floats: no segments, no merging, no running moments.
 
 A history is given as the list of all past rewards of each preference group, so the oracle shares no formula with the package
-beyond the definitions of mean and population deviation.
+beyond the definitions of mean and deviation. `estimate` is GRPO and P-GRPO on one batch; `every_step` is every option, over several
+batches, with a weight beside each past reward.
 """
 
+import dataclasses
 import math
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from pgrpo_jax.algorithms import advantages
 from pgrpo_jax.algorithms.advantages import AdvantageSettings
+from pgrpo_jax.algorithms.memory import Memory
 
 PARTS = {"grpo": ("cohort", "cohort"), "p_grpo": ("history", "history")}  # baseline, scale
 
@@ -136,3 +139,127 @@ def named(name: str):
 
 grpo, p_grpo = named("grpo"), named("p_grpo")
 ESTIMATORS = {"grpo": grpo, "p_grpo": p_grpo}
+
+
+# --- every option, over several batches
+
+K, P, ROWS = 3, 5, 24  # preference groups, prompts, rows of `random_steps`
+Past = list[list[tuple[float, float]]]  # of one preference group: for each batch, (reward, weight)
+
+
+class Step(NamedTuple):
+    """One batch, in the order of the arguments of `advantages.estimate`."""
+
+    rewards: np.ndarray
+    prompt_index: np.ndarray
+    preference_ids: np.ndarray
+    history_ids: np.ndarray
+    staleness: np.ndarray
+    mask: np.ndarray
+
+
+def random_steps(seed: int, count: int, *, dtype: type = np.float64, components: int = 0) -> Iterator[Step]:
+    """Batches with garbage under the mask. History rows are those of strangers (a cyclic shift); one is absent from every other batch.
+
+    Rewards are [ROWS], or [ROWS, components]; float32 holds them exactly.
+    """
+    rng = np.random.default_rng([seed, count])
+    for number in range(count):
+        prompts = rng.integers(0, P - 1, ROWS)
+        prompts[0] = P - 1  # alone
+        ids = rng.integers(0, K - number % 2, P)[prompts]
+        rewards = rng.normal(ids[:, None], 1.0 + ids[:, None], (ROWS, max(components, 1))).astype(np.float32)
+        staleness, mask = rng.integers(0, 5, ROWS), rng.random(ROWS) < 0.85
+        columns = [prompts, ids, (ids + 1) % K, staleness]
+        for column in columns:
+            column[~mask] = rng.choice([-(10**6), -1, 0, 10**6], (~mask).sum())
+        rewards[~mask] = rng.choice([np.nan, np.inf, 1e9], ((~mask).sum(), 1))
+        yield Step((rewards if components else rewards[:, 0]).astype(dtype), *(column.astype(np.int32) for column in columns), mask)
+
+
+def weighted(pairs: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """Total weight, mean and Σ w (R − mean)² of (reward, weight) pairs; zeros where nothing weighs anything."""
+    total = math.fsum(w for _, w in pairs)
+    if total == 0:
+        return 0.0, 0.0, 0.0
+    mean = math.fsum(w * r for r, w in pairs) / total
+    return total, mean, math.fsum(w * (r - mean) ** 2 for r, w in pairs)
+
+
+def remember(past: Past, arrived: list[tuple[float, float]], memory: Memory) -> Past:
+    """What a memory keeps of one preference group, as a list."""
+    if memory.kind == "window":
+        return (past + [arrived])[-int(memory.length) :] if arrived else past
+    passed = {"cumulative": 0.0, "ema": math.fsum(w for _, w in arrived), "discounted": 1.0}[memory.kind]
+    fade = 0.5 ** (passed / memory.length) if passed else 1.0
+    return [[(r, w * fade) for r, w in batch] for batch in past] + [arrived]
+
+
+def shrunk(own: tuple[float, float, float], everyone: tuple[float, float, float], size: float) -> tuple[float, float, float]:
+    """Moments of one's own rewards and `size` rewards distributed like everyone's."""
+    if not size or not everyone[0]:
+        return own
+    total = own[0] + size
+    mean = (own[0] * own[1] + size * everyone[1]) / total
+    spread = size * (everyone[2] / everyone[0] + (everyone[1] - mean) ** 2)
+    return total, mean, own[2] + own[0] * (own[1] - mean) ** 2 + spread
+
+
+def deviation(moments: tuple[float, float, float], sample: bool) -> float:
+    """Deviation, with n − 1 if asked for; 0 where there is nothing to divide by."""
+    divisor = moments[0] - 1 if sample else moments[0]
+    return math.sqrt(moments[2] / divisor) if divisor > 0 else 0.0
+
+
+def compare(reward: float, same: list[float], batch: list[float], history: tuple[float, float, float], s: AdvantageSettings) -> float:
+    """(reward − baseline) / scale of one completion; `same` are the rewards of its prompt, its own included."""
+    own, whole = (weighted([(r, 1.0) for r in values]) for values in (same, batch))
+    others = (math.fsum(same) - reward) / (len(same) - 1) if len(same) > 1 else reward
+    mixed = s.blend * own[1] + (1 - s.blend) * history[1]
+    baseline = {"none": 0.0, "cohort": own[1], "leave_one_out": others, "batch": whole[1], "history": mixed}[s.baseline]
+    sigma = max(deviation(history, s.sample), s.std_floor)
+    scales = {"cohort": deviation(own, s.sample), "batch": deviation(whole, s.sample), "history": sigma}
+    return (reward - baseline) / (scales[s.scale] + s.epsilon if s.scale != "none" else 1.0)
+
+
+def one_step(step: Step, past: list[Past], s: AdvantageSettings) -> tuple[np.ndarray, np.ndarray, list[Past]]:
+    """([ROWS] advantages; [K] what each history counts for as it is used; the pasts after the batch) of rewards [ROWS]."""
+    kept = [i for i in range(len(step.mask)) if step.mask[i]]
+    reward = {i: float(step.rewards[i]) for i in kept}
+    arrived: Past = [[] for _ in past]
+    for i in kept:
+        age = int(step.staleness[i])
+        if not s.staleness_limit or age < s.staleness_limit:
+            arrived[step.history_ids[i]].append((reward[i], 0.5 ** (age / s.staleness_half_life) if s.staleness_half_life else 1.0))
+    after = [remember(*pair, s.memory) for pair in zip(past, arrived, strict=True)]
+    flat = [[pair for batch in rows for pair in batch] for rows in (past if s.timing == "before" else after)]
+    everyone = weighted([pair for pairs in flat for pair in pairs])
+    used = [shrunk(weighted(pairs), everyone, s.shrinkage) for pairs in flat]
+    advantages, enough = np.zeros(len(step.mask)), max(s.min_count, 1)
+    own_terms = dataclasses.replace(s, baseline="cohort", scale="cohort")
+    for i in kept:
+        context = reward[i], [reward[j] for j in kept if step.prompt_index[j] == step.prompt_index[i]], list(reward.values())
+        history = used[step.history_ids[i]]
+        advantages[i] = compare(*context, history, s)
+        if "history" in (s.baseline, s.scale) and history[0] < enough:
+            grpo = compare(*context, history, own_terms)
+            pooled = compare(*context, everyone, s) if everyone[0] >= enough else grpo
+            advantages[i] = {"cohort": grpo, "zero": 0.0, "pooled": pooled}[s.cold_start]
+    return advantages, np.array([moments[0] for moments in used]), after
+
+
+def every_step(steps: list[Step], s: AdvantageSettings) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each step ([ROWS] advantages; [K] effective counts; [K, 3] total weight, mean, m2 of what is remembered after it).
+
+    With components, advantages are their weighted sum and the other two those of the first.
+    """
+    if s.component_weights:
+        alone = dataclasses.replace(s, component_weights=())
+        apart = [every_step([step._replace(rewards=step.rewards[:, c]) for step in steps], alone) for c in range(len(s.component_weights))]
+        sums = [sum(w * found[0] for w, found in zip(s.component_weights, rows, strict=True)) for rows in zip(*apart, strict=True)]
+        return [(total, *first[1:]) for total, first in zip(sums, apart[0], strict=True)]
+    past, found = [[] for _ in range(K)], []
+    for step in steps:
+        advantages, counts, past = one_step(step, past, s)
+        found.append((advantages, counts, np.array([weighted([pair for batch in rows for pair in batch]) for rows in past])))
+    return found

@@ -124,10 +124,99 @@ def test_counts_neither_overflow_nor_stop():
     assert full.count[0] == 2**31 - 1 and full.mean[0] == 1.0
 
 
+@pytest.mark.parametrize("size", [10**6, 10**8, 2 * 10**9])
+def test_few_rewards_beside_very_many_of_next_to_no_weight(size):
+    """What shrinkage does for a rare preference group: 10 rewards of its own and 5 rewards' worth of everybody's."""
+    few = RewardHistory(count=jnp.array([10]), weight=jnp.ones(1), mean=jnp.zeros(1), m2=jnp.array([10.0]))
+    many = RewardHistory(count=jnp.array([size]), weight=jnp.float32([5 / size]), mean=jnp.ones(1), m2=jnp.array([5.0]))
+    for merged in (merge(few, many), merge(many, few)):
+        np.testing.assert_allclose(reward_history.effective_count(merged), [15.0], rtol=1e-6)
+        np.testing.assert_allclose(merged.mean, [1 / 3], rtol=1e-6)
+        np.testing.assert_allclose(reward_history.std(merged), [math.sqrt((15 + 10 / 3) / 15)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("weight", [0.0, 1e-45, 1e-40, 1e-38])
+def test_a_weight_that_is_no_normal_number_counts_nowhere(weight, compiled):
+    moments_of = batch_moments if compiled else reward_history.batch_moments
+    rewards, ids, ones = np.float32([0.3, 0.7, 0.9]), np.int32([0, 0, 1]), np.ones(3, bool)
+    moments = moments_of(rewards, ids, ones, 2, weights=np.float32([weight, weight, 1.0]))
+    assert_moments(moments, [[], [np.float32(0.9)]], rtol=1e-7)
+
+
 def test_std_and_its_floor():
     history = RewardHistory(count=jnp.array([0, 4, 4]), weight=jnp.ones(3), mean=jnp.zeros(3), m2=jnp.array([0.0, 16.0, 0.0001]))
     np.testing.assert_allclose(reward_history.std(history), [0.0, 2.0, 0.005], rtol=1e-6)
     np.testing.assert_allclose(reward_history.std(history, floor=0.5), [0.5, 2.0, 0.5], rtol=1e-6)
+
+
+@EXAMPLES
+@given(values=st.lists(st.tuples(FINITE, st.sampled_from([1.0, 0.5, 0.125, 0.0])), max_size=8))
+def test_weighted_moments_equal_the_loops(values):
+    padded = np.zeros((2, 8))
+    padded[:, : len(values)] = np.array(values).reshape(-1, 2).T
+    with jax.enable_x64(True):
+        found = batch_moments(padded[0], np.zeros(8, np.int32), np.arange(8) < len(values), 1, weights=padded[1])
+        effective = reward_history.effective_count(found)
+    total, mean, m2 = oracle.weighted(values)
+    assert found.count[0] == sum(w > 0 for _, w in values)
+    np.testing.assert_allclose([effective[0], found.mean[0]], [total, mean], rtol=1e-12, atol=1e-10)
+    np.testing.assert_allclose(found.m2[0], m2, rtol=1e-9, atol=1e-7)
+
+
+PAIRS = st.lists(st.tuples(FINITE, st.sampled_from([1.0, 0.25])), max_size=8)
+
+
+@EXAMPLES
+@given(kept=PAIRS, gone=PAIRS)
+def test_removed_is_never_seen(kept, gone):
+    """Also with weights, also where all or nothing goes; a part taken twice by mistake and out once was taken once."""
+
+    def moments(pairs):
+        padded = np.zeros((2, 8))
+        padded[:, : len(pairs)] = np.array(pairs).reshape(-1, 2).T
+        return batch_moments(padded[0], np.zeros(8, np.int32), np.arange(8) < len(pairs), 1, weights=padded[1])
+
+    with jax.enable_x64(True):
+        never, part = moments(kept), moments(gone)
+        seen = merge(never, part)
+        for after, expected in ((reward_history.remove(seen, part), never), (reward_history.remove(merge(seen, part), part), seen)):
+            np.testing.assert_array_equal(after.count, expected.count)
+            for name in ("weight", "mean", "m2"):
+                np.testing.assert_allclose(getattr(after, name), getattr(expected, name), rtol=1e-7, atol=1e-6, err_msg=name)
+        jax.tree.map(np.testing.assert_array_equal, reward_history.remove(part, part), reward_history.init(1, jnp.float64))
+        jax.tree.map(np.testing.assert_array_equal, reward_history.remove(seen, moments([])), seen)
+        with pytest.raises(ValueError, match=f"row 0 has {len(kept)} rewards, {len(kept) + 1} can not be taken out"):
+            reward_history.remove(never, merge(never, of([0.0], np.float64)))
+
+
+@EXAMPLES
+@given(values=st.lists(FINITE, min_size=1, max_size=8), scale=st.floats(-10, 10), offset=FINITE)
+def test_affine_moments_are_those_of_changed_rewards(values, scale, offset):
+    with jax.enable_x64(True):
+        found = reward_history.affine(of(values, np.float64), scale, offset)
+        expected = of([scale * v + offset for v in values], np.float64)
+        np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(found.m2, expected.m2, rtol=1e-8, atol=1e-7)
+
+
+@EXAMPLES
+@given(segments=st.lists(st.lists(FINITE, max_size=4), min_size=3, max_size=3))
+def test_pooled_is_the_moments_of_all_rewards(segments):
+    values = [v for segment in segments for v in segment]
+    ids = np.repeat(np.arange(3, dtype=np.int32), [len(segment) for segment in segments])
+    rewards, owners = np.zeros(12), np.zeros(12, np.int32)
+    rewards[: len(values)], owners[: len(values)] = values, ids
+    with jax.enable_x64(True):
+        found = jax.jit(reward_history.pooled)(batch_moments(rewards, owners, np.arange(12) < len(values), 3))
+        assert_moments(found, [values], rtol=1e-10)
+
+
+def test_sample_deviation():
+    weight, m2 = jnp.float32([1, 1, 1, 0.5]), jnp.float32([0, 0, 16, 16])
+    history = RewardHistory(count=jnp.array([0, 1, 5, 10]), weight=weight, mean=jnp.zeros(4), m2=m2)
+    np.testing.assert_allclose(reward_history.std(history, sample=True), [0.0, 0.0, 2.0, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(reward_history.std(history, sample=True, floor=0.5), [0.5, 0.5, 2.0, 2.0], rtol=1e-6)
 
 
 def test_rows_never_borrow_from_another_segment():
