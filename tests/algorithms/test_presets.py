@@ -5,6 +5,7 @@ import math
 
 import jax
 import numpy as np
+import objective_oracle as oracle
 import pytest
 
 from pgrpo_jax.algorithms import presets, reward_history
@@ -62,6 +63,8 @@ def test_the_example_of_the_documentation(name):
     np.testing.assert_allclose(advantages, expected, atol=1e-12)
     np.testing.assert_allclose(value, expected_loss, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(np.asarray(gradient)[MASK], expected_gradient, rtol=1e-9, atol=1e-12)
+    total, count, _ = oracle.loop(objective, CURRENT, OLD, OLD, reference, np.zeros((4, 2)), advantages, betas, MASK, ones, PROMPTS)
+    np.testing.assert_allclose(total / count, expected_loss, rtol=1e-9, atol=1e-12)
 
 
 def test_every_preset_holds_its_own_bounds():
@@ -74,7 +77,8 @@ def test_p_grpo_differs_from_grpo_in_the_estimator_alone():
 
 
 def test_overrides_replace_and_none_keeps():
-    preset = presets.resolve("p_grpo", clip_low=None, clip_high=0.28, kl_coefficient=0.0, aggregation="sum", baseline="cohort", oversample=3)
+    overrides = {"clip_low": None, "clip_high": 0.28, "kl_coefficient": 0.0, "aggregation": "sum", "baseline": "cohort", "oversample": 3}
+    preset = presets.resolve("p_grpo", **overrides)
     expected = dataclasses.replace(presets.PRESETS["grpo"].objective, clip_high=0.28, aggregation="sum")
     assert preset == presets.Preset(baseline="cohort", scale="history", objective=expected, kl_coefficient=0.0, oversample=3)
 
@@ -94,7 +98,7 @@ def test_unknown_names_list_the_known_ones():
         presets.resolve("pgrpo")
     with pytest.raises(ValueError, match="^override 'clip' is unknown, must be one of baseline, scale, aggregation"):
         presets.resolve("grpo", clip=0.1)
-    with pytest.raises(ValueError, match="^aggregation is 'mean', must be one of completion, prompt_tokens, .*: set config.algorithm.aggregation$"):
+    with pytest.raises(ValueError, match="^aggregation is 'mean', must be one of completion, .*: set config.algorithm.aggregation$"):
         presets.resolve("grpo", aggregation="mean")
     with pytest.raises(ValueError, match="^oversample is 1.5, must be a whole number of at least 1: set config.curation.oversample$"):
         presets.resolve("dapo", oversample=1.5)
