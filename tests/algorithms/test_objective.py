@@ -54,7 +54,7 @@ COMPOSITIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("objective", COMPOSITIONS, ids=str)
+@pytest.mark.parametrize("objective", COMPOSITIONS, ids=lambda o: "-".join(map(str, dataclasses.astuple(o)[:3])))
 def test_values_equal_the_loop(objective):
     arguments = example()
     loss, count, sums = evaluate(arguments, objective)
