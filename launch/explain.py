@@ -7,12 +7,11 @@ RUN is the --workdir of a run, finished or not, or of launch/record.py; its page
 without a run's config.json beside them the estimators have their defaults, and its own advantages are not checked.
 """
 
+import argparse
 import pathlib
 import sys
 from typing import Any, Sequence
 
-from absl import app
-from absl import flags
 from etils import epath
 
 # So that the program works from any directory, whether or not the package is installed.
@@ -22,11 +21,6 @@ from launch import run_config  # noqa: E402  (needs the path above)
 from pgrpo_jax import algorithm_settings, microscope, microscope_measures, microscope_page, settings  # noqa: E402
 from pgrpo_jax.algorithms.advantages import AdvantageSettings  # noqa: E402
 from pgrpo_jax.run_directory import RunDirectory  # noqa: E402
-
-_OUT = flags.DEFINE_string("out", None, "page to write; explain.html of the run if unset")
-_JSON = flags.DEFINE_string("json", None, "file for all numbers as JSON; none if unset")
-_TOP = flags.DEFINE_integer("top", 20, "sign flips listed", lower_bound=0)
-_USAGE = "python launch/explain.py RUN_OR_FILES ... [--out=FILE] [--json=FILE]"
 
 
 def explain(sources: Sequence[str], *, out: str | None, json: str | None = None, top: int = 20) -> list[str]:
@@ -84,17 +78,21 @@ def _of_run(config: Any) -> tuple[AdvantageSettings, dict[str, Any], list[str]]:
     return base, options, []
 
 
-def main(argv: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> int:
     """Writes the page and says what was found; a source that is no record is one line on standard error and exit status 1."""
-    sources = argv[1:]
-    if not sources:
-        raise app.UsageError(f"0 runs or files given, at least 1 is needed: {_USAGE}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="+", metavar="RUN_OR_FILE", help="a run directory, or rollout files of one run")
+    parser.add_argument("--out", help="page to write; explain.html of the run if unset")
+    parser.add_argument("--json", help="file for all numbers as JSON; none if unset")
+    parser.add_argument("--top", type=int, default=20, help="sign flips listed")
     try:
-        lines = explain(sources, out=_OUT.value, json=_JSON.value, top=_TOP.value)
+        lines = explain(**vars(parser.parse_args(arguments)))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print("\n".join(lines))
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(main(sys.argv[1:]))

@@ -8,12 +8,11 @@ RUN is the --workdir of a run; it is left as it is. NEW is a run directory that 
 recorded prompts; RULE and ARM are values of task.preference_groups and algorithm.arm. Histories must be cumulative.
 """
 
+import argparse
 import pathlib
 import sys
 from typing import Any, Sequence
 
-from absl import app
-from absl import flags
 from absl import logging
 
 # So that the program works from any directory, whether or not the package is installed.
@@ -23,13 +22,7 @@ from configs import base  # noqa: E402  (needs the path above)
 from launch import run_config  # noqa: E402
 from pgrpo_jax import histories  # noqa: E402
 
-_USER = flags.DEFINE_string("user", None, "forget: pseudonym of the user")
-_OUT = flags.DEFINE_string("out", None, "forget, migrate: the new run directory")
-_RULE = flags.DEFINE_string("preference_groups", None, "migrate: task.preference_groups of the new run; unset = the old one's")
-_COUNT = flags.DEFINE_integer("num_preference_groups", None, "migrate: task.num_preference_groups of the new run; unset = the old one's", lower_bound=1)
-_ARM = flags.DEFINE_string("arm", None, "migrate: algorithm.arm of the new run; unset = the old one's")
-_USAGE = "python launch/histories.py show | forget | migrate RUN [--user=ID] [--preference_groups=RULE] [--out=NEW]"
-_COMMANDS = {"show": (), "forget": ("user", "out"), "migrate": ("out",)}
+_CHANGES = {"preference_groups": "task.preference_groups", "num_preference_groups": "task.num_preference_groups", "arm": "algorithm.arm"}
 
 
 def run(command: str, path: str, *, user: str | None = None, out: str | None = None, changes: dict[str, Any] | None = None) -> list[str]:
@@ -68,21 +61,31 @@ def run(command: str, path: str, *, user: str | None = None, out: str | None = N
     return lines
 
 
-def main(argv: Sequence[str]) -> None:
-    """Runs a command; what can not be done is one line on standard error and exit status 1."""
-    if len(argv) != 3 or argv[1] not in _COMMANDS:
-        raise app.UsageError(f"a command and a run are needed: {_USAGE}")
-    if missing := [name for name in _COMMANDS[argv[1]] if not flags.FLAGS[name].value]:
-        raise app.UsageError(f"{argv[1]} needs --{' and --'.join(missing)}: {_USAGE}")
+def main(arguments: Sequence[str]) -> int:
+    """Runs a command; what can not be done is a line on standard error and exit status 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    show, forget, migrate = (commands.add_parser(name) for name in ("show", "forget", "migrate"))
+    for command in (show, forget, migrate):
+        command.add_argument("path", metavar="RUN", help="the run directory; left as it is")
+    for command in (forget, migrate):
+        command.add_argument("--out", required=True, help="the new run directory")
+    forget.add_argument("--user", required=True, help="pseudonym of the user")
+    for name, key in _CHANGES.items():
+        kind = int if name == "num_preference_groups" else str
+        migrate.add_argument(f"--{name}", type=kind, help=f"{key} of the new run; the old one's if unset")
+    options = vars(parser.parse_args(arguments))
+    changes = {key: options.pop(name) for name, key in _CHANGES.items() if options.get(name) is not None}
+    known = {name: value for name, value in options.items() if name not in _CHANGES}
     logging.set_verbosity(logging.WARNING)  # libraries log every file they touch
-    wanted = {"task.preference_groups": _RULE.value, "task.num_preference_groups": _COUNT.value, "algorithm.arm": _ARM.value}
-    changes = {key: value for key, value in wanted.items() if value is not None}
     try:
-        lines = run(argv[1], argv[2], user=_USER.value, out=_OUT.value, changes=changes)
+        lines = run(**known, changes=changes)
     except (ValueError, OSError) as error:
-        sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 1
     print("\n".join(lines))
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(main(sys.argv[1:]))

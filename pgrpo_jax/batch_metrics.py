@@ -153,6 +153,7 @@ def of_update(measured: Mapping[str, Any], kl_coefficients: np.ndarray) -> dict[
         "kl_coefficient": np.mean(kl_coefficients),
     }
     found.setdefault("kl", np.nan)  # without a reference: not measured
+    measured = {"by_preference/kl": np.full(len(kl_coefficients), np.nan)} | dict(measured)
     for name in [name for name in measured if name.startswith("by_preference/")]:
         found |= {f"preference_group/{p}/{name.removeprefix('by_preference/')}": value for p, value in enumerate(measured[name])}
     found |= {f"preference_group/{p}/kl_coefficient": beta for p, beta in enumerate(kl_coefficients)}

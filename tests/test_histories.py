@@ -161,18 +161,20 @@ def test_what_would_not_be_exact_is_refused(case, stopped, tmp_path):
     assert not (tmp_path / "new" / "checkpoints").exists()
 
 
-def test_the_program_shows_and_forgets(stopped, tmp_path):
+def test_the_program_shows_and_forgets(stopped, tmp_path, capsys):
     run = shutil.copytree(stopped, tmp_path / "run")
-    said = program.run("show", str(run))
+    assert program.main(["show", str(run)]) == 0
+    said = capsys.readouterr().out.splitlines()
     assert said[0] == "histories after 4 updates" and len(said) == 5
     rewards = sum(len(unit.rewards) for _, unit in units(run))
     assert sum(int(line.split()[1]) for line in said[2:]) == rewards
     said = program.run("forget", str(run), user=a_user(run), out=str(tmp_path / "new"))
     assert "The weights were trained on his answers and still are" in said[1]
-    said = program.run("migrate", str(run), out=str(tmp_path / "pooled"), changes={"algorithm.arm": "pooled"})
+    assert program.main(["migrate", str(run), "--arm=pooled", f"--out={tmp_path / 'pooled'}"]) == 0
+    said = capsys.readouterr().out.splitlines()
     assert int(said[1].split()[1]) == rewards and said[-1].endswith("and --config.algorithm.arm=pooled")
-    with pytest.raises(FileNotFoundError, match="config.json does not exist"):
-        program.run("show", str(tmp_path))
+    assert program.main(["forget", str(tmp_path), "--user=x", "--out=y"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'config.json'} does not exist")
     (run / "config.json").write_text(json.dumps({"seed": "many"}))
     with pytest.raises(ValueError, match="is no configuration"):
         program.run("show", str(run))

@@ -70,17 +70,15 @@ def test_the_rollouts_of_a_run_train_it_again_to_the_bit(recorded, tmp_path):
 
 def replaying(path, **changes):
     """Configuration and identity of a run on recorded rollouts."""
-    config, identity = small_config.config(**changes), small_config.identity(**changes)
-    with config.unlocked():
-        config.replay = {"path": str(path)}
-    return config, identity | {"replay.path": str(path)}
+    changes = changes | {"engine": "replay", "replay__path": str(path)}
+    return small_config.config(**changes), small_config.identity(**changes)
 
 
-def test_a_deployed_replay_is_the_run_that_was_recorded(recorded, tmp_path):
+def test_a_replayed_run_is_the_run_that_was_recorded(recorded, tmp_path):
     config, identity = replaying(recorded, **SHORT)
-    parts = deploy(config, identity=identity, workdir=tmp_path / "again", stop=Stop(), engine="replay")
-    with contextlib.closing(parts):
-        assert trained_on(config, parts, parts.engine) == RunDirectory(recorded).summary()["state_sha256"]
+    assert train(config, identity=identity, workdir=tmp_path / "again", stop=Stop()) == 0
+    ours, theirs = (RunDirectory(path).summary() for path in (tmp_path / "again", recorded))
+    assert (ours["state_sha256"], ours["evaluation"]) == (theirs["state_sha256"], theirs["evaluation"])
 
 
 def test_under_another_configuration_the_same_answers_are_off_policy(recorded, tmp_path):
@@ -88,10 +86,10 @@ def test_under_another_configuration_the_same_answers_are_off_policy(recorded, t
     config, identity = replaying(recorded, **changes)
     wanted = r"algorithm.arm: preference there, pooled here; preset: p_grpo there, grpo here\), .*: set staleness.policy to freshest"
     with pytest.raises(ValueError, match=wanted):
-        deploy(config, identity=identity, workdir=tmp_path / "other", stop=Stop(), engine="replay")
+        deploy(config, identity=identity, workdir=tmp_path / "other", stop=Stop())
     assert not (tmp_path / "other").exists()
     config, identity = replaying(recorded, **changes | {"staleness__policy": "freshest", "staleness__accept": 0})
-    parts = deploy(config, identity=identity, workdir=tmp_path / "other", stop=Stop(), engine="replay")
+    parts = deploy(config, identity=identity, workdir=tmp_path / "other", stop=Stop())
     with contextlib.closing(parts):
         digest = trained_on(config, parts, parts.engine)
         history = jax.device_get(parts.learner.state.history)
