@@ -80,8 +80,9 @@ def policy_loss(
 
     Returns:
         (scalar loss_sum, scalar count, sums). `sums` are [N], for each completion over its tokens that count, `token_count` of them (not
-        over the batch: whoever measures adds up, by preference group or over all): `clipped` (tokens whose ratio is bounded, in the policy term or the importance weight), `ratio` (π_θ/π_old), `old_kl` (nats, k3 of π_old against
-        π_θ), `entropy` (nats), only with a reference `kl` (nats, k3 whatever estimator is trained on, so that runs compare), and those of
+        over the batch: whoever measures adds up, by preference group or over all): `clipped` (tokens whose ratio is bounded, in the
+        policy term or the importance weight), `ratio` (π_θ/π_old), `old_kl` (nats, k3 of π_old against π_θ), `entropy` (nats), only
+        with a reference `kl` (nats, k3 whatever estimator is trained on, so that runs compare), and those of
         `importance.correction_terms`.
 
     Raises:

@@ -3,11 +3,11 @@
 Three estimators of KL(π_θ ‖ π_ref) from tokens that π_θ sampled, with x = π_ref/π_θ of the token (Schulman, "Approximating KL
 divergence", 2020). As a *value* (metrics, penalties of the reward) and as a *loss* (differentiated) they are not the same thing:
 
-| | value | mean of the value | −gradient as a loss, on-policy in the mean |
+| | value | mean of the value | gradient as a loss, on-policy in the mean |
 |---|---|---|---|
 | k1 | −log x | KL(π_θ ‖ π_ref), unbiased, of either sign | 0: ∇ log π_θ averages to nothing; in the loss it only adds noise |
 | k2 | (log x)²/2 | biased, at least 0 | ∇ KL(π_θ ‖ π_ref): the gradient that k1 promises |
-| k3 | x − 1 − log x | KL(π_θ ‖ π_ref), unbiased, at least 0 | (1 − x)·∇ log π_θ: ∇ KL(π_ref ‖ π_θ), the other direction |
+| k3 | x − 1 − log x | KL(π_θ ‖ π_ref), unbiased, at least 0 | ∇ KL(π_ref ‖ π_θ), the other direction, from (1 − x)·∇ log π_θ |
 
 So KL(π_θ ‖ π_ref) is trained on by k1 in the reward or by k2 in the loss; GRPO's k3 in the loss (arXiv:2402.03300, eq. 4) pulls the
 same way and agrees with it to first order near the reference.

@@ -5,38 +5,39 @@ import math
 
 import jax
 import numpy as np
+import objective_oracle as oracle
 import pytest
 
 from pgrpo_jax.algorithms import presets, reward_history
 from pgrpo_jax.algorithms.advantages import AdvantageSettings, estimate
 from pgrpo_jax.algorithms.objective import policy_loss
 
-# Two prompts, two completions each, of 2, 1, 1 and 1 tokens; the ratio to the old policy is 2, 1/2, 1, 1 and 1.
+# Two prompts, two completions each, of 2, 1, 1 and 1 tokens; the ratio to the old policy is 2, 1/8, 1/2, 1 and 1.
 MASK = np.array([[1, 1], [1, 0], [1, 0], [1, 0]], bool)
 PROMPTS = np.array([0, 0, 1, 1], np.int32)
 REWARDS = np.array([1.0, 0.0, 1.0, 1.0])
-CURRENT = np.log(np.array([[0.5, 0.25], [0.5, 1.0], [0.5, 1.0], [0.5, 1.0]]))
-OLD = np.log(np.array([[0.25, 0.5], [0.5, 1.0], [0.5, 1.0], [0.5, 1.0]]))
-REFERENCE = np.log(np.array([[0.5, 0.5], [0.5, 1.0], [0.5, 1.0], [0.5, 1.0]]))
+CURRENT = np.log(np.array([[1 / 2, 1 / 16], [1 / 4, 1], [1 / 2, 1], [1 / 2, 1]]))
+OLD = np.log(np.array([[1 / 4, 1 / 2], [1 / 2, 1], [1 / 2, 1], [1 / 2, 1]]))
+REFERENCE = np.log(np.array([[1 / 2, 1 / 8], [1 / 4, 1], [1 / 2, 1], [1 / 2, 1]]))
 PAST = np.array([0.0, 1.0, 0.0, 1.0])  # of the one preference group: mean 1/2, deviation 1/2
 
-BATCH = math.sqrt(3) / 4  # deviation of the four rewards, mean 3/4
+S = math.sqrt(3) / 4  # deviation of the four rewards, mean 3/4
+LN2 = math.log(2)
 # name -> (advantages, loss, gradient of the loss by each of the five log-probs): the table of the documentation
-KL = math.log(2) ** 2 / 2  # k2 of the second token; its k3 is 1 − log 2
 BY_HAND = {
-    "grpo": ([1, -1, 0, 0], (-(1.2 + 0.5) / 2 + 0.04 * (1 - math.log(2)) / 2 + 1) / 4, [0, (-0.5 - 0.04) / 8, 1 / 4, 0, 0]),
-    "p_grpo": ([1, -1, 1, 1], (-(1.2 + 0.5) / 2 + 0.04 * (1 - math.log(2)) / 2 + 1 - 2) / 4, [0, (-0.5 - 0.04) / 8, 1 / 4, -1 / 4, -1 / 4]),
-    "dr_grpo": ([0.5, -0.5, 0, 0], (-(1.2 + 0.5) * 0.5 + 0.5) / 16, [0, -0.25 / 16, 0.5 / 16, 0, 0]),
-    "dapo": ([1, -1, 0, 0], (-(1.28 + 0.5) + 1) / 5, [0, -0.5 / 5, 1 / 5, 0, 0]),
-    "rloo": ([1, -1, 0, 0], (3 * math.log(2) - math.log(2)) / 4, [-1 / 4, -1 / 4, 1 / 4, 0, 0]),
-    "reinforce": ([0.5, -0.5, 0, 0], (1.5 * math.log(2) - 0.5 * math.log(2)) / 4, [-0.5 / 4, -0.5 / 4, 0.5 / 4, 0, 0]),
+    "grpo": ([1, -1, 0, 0], (-(1.2 + 1 / 8) / 2 + 0.04 * (1 - LN2) / 2 + 0.8) / 4, [0, -0.165 / 8, 0, 0, 0]),
+    "p_grpo": ([1, -1, 1, 1], (-(1.2 + 1 / 8) / 2 + 0.04 * (1 - LN2) / 2 + 0.8 - 2) / 4, [0, -0.165 / 8, 0, -1 / 4, -1 / 4]),
+    "dr_grpo": ([0.5, -0.5, 0, 0], (-(1.2 + 1 / 8) / 2 + 0.8 / 2) / 16, [0, -1 / 256, 0, 0, 0]),
+    "dapo": ([1, -1, 0, 0], (-(1.28 + 1 / 8) + 0.8) / 5, [0, -1 / 40, 0, 0, 0]),
+    "rloo": ([1, -1, 0, 0], 3 * LN2 / 4, [-1 / 4, -1 / 4, 1 / 4, 0, 0]),
+    "reinforce": ([0.5, -0.5, 0, 0], LN2 / 32, [-1 / 32, -1 / 32, 1 / 16, 0, 0]),
     "reinforce_pp": (
-        [0.25 / BATCH, -0.75 / BATCH, 0.25 / BATCH, 0.25 / BATCH],
-        (-(1.2 + 0.5) * 0.25 / BATCH + 0.75 / BATCH - 0.5 / BATCH + 0.01 * KL) / 5,
-        [0, (-0.5 * 0.25 / BATCH - 0.01 * math.log(2)) / 5, 0.75 / BATCH / 5, -0.25 / BATCH / 5, -0.25 / BATCH / 5],
+        [0.25 / S, -0.75 / S, 0.25 / S, 0.25 / S],
+        (-(1.2 + 1 / 8) / 4 / S + 0.6 / S - 0.5 / S + 0.01 * LN2**2 / 2) / 5,
+        [0, (-1 / 32 / S - 0.01 * LN2) / 5, 0, -0.05 / S, -0.05 / S],
     ),
-    "cispo": ([1, -1, 0, 0], ((1.2 * math.log(2) + 0.5 * 2 * math.log(2)) - math.log(2)) / 3 / 2, [-1.2 / 6, -0.5 / 6, 1 / 6, 0, 0]),
-    "gspo": ([1, -1, 0, 0], (-(1 + 1) / 2 + 1) / 4, [-1 / 8, -1 / 8, 1 / 4, 0, 0]),
+    "cispo": ([1, -1, 0, 0], 0.7 * LN2 / 6, [-1.2 / 6, -1 / 48, 1 / 12, 0, 0]),
+    "gspo": ([1, -1, 0, 0], (-1 / 2 + 0.9997) / 4, [-1 / 16, -1 / 16, 0, 0, 0]),
 }
 
 
@@ -62,6 +63,16 @@ def test_the_example_of_the_documentation(name):
     np.testing.assert_allclose(advantages, expected, atol=1e-12)
     np.testing.assert_allclose(value, expected_loss, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(np.asarray(gradient)[MASK], expected_gradient, rtol=1e-9, atol=1e-12)
+    total, count, _ = oracle.loop(objective, CURRENT, OLD, OLD, reference, np.zeros((4, 2)), advantages, betas, MASK, ones, PROMPTS)
+    np.testing.assert_allclose(total / count, expected_loss, rtol=1e-9, atol=1e-12)
+
+
+def test_clip_ranges_are_the_published_ones():
+    """Those that the example does not reach too."""
+    ppo = dict.fromkeys(("grpo", "p_grpo", "dr_grpo", "reinforce_pp"), (0.2, 0.2))
+    published = ppo | {"dapo": (0.2, 0.28), "cispo": (1.0, 0.2), "gspo": (3e-4, 4e-4)}
+    found = {name: (preset.objective.clip_low, preset.objective.clip_high) for name, preset in presets.PRESETS.items()}
+    assert {name: found[name] for name in published} == published
 
 
 def test_every_preset_holds_its_own_bounds():
@@ -74,7 +85,8 @@ def test_p_grpo_differs_from_grpo_in_the_estimator_alone():
 
 
 def test_overrides_replace_and_none_keeps():
-    preset = presets.resolve("p_grpo", clip_low=None, clip_high=0.28, kl_coefficient=0.0, aggregation="sum", baseline="cohort", oversample=3)
+    overrides = {"clip_low": None, "clip_high": 0.28, "kl_coefficient": 0.0, "aggregation": "sum", "baseline": "cohort", "oversample": 3}
+    preset = presets.resolve("p_grpo", **overrides)
     expected = dataclasses.replace(presets.PRESETS["grpo"].objective, clip_high=0.28, aggregation="sum")
     assert preset == presets.Preset(baseline="cohort", scale="history", objective=expected, kl_coefficient=0.0, oversample=3)
 
@@ -94,7 +106,7 @@ def test_unknown_names_list_the_known_ones():
         presets.resolve("pgrpo")
     with pytest.raises(ValueError, match="^override 'clip' is unknown, must be one of baseline, scale, aggregation"):
         presets.resolve("grpo", clip=0.1)
-    with pytest.raises(ValueError, match="^aggregation is 'mean', must be one of completion, prompt_tokens, .*: set config.algorithm.aggregation$"):
+    with pytest.raises(ValueError, match="^aggregation is 'mean', must be one of completion, .*: set config.algorithm.aggregation$"):
         presets.resolve("grpo", aggregation="mean")
     with pytest.raises(ValueError, match="^oversample is 1.5, must be a whole number of at least 1: set config.curation.oversample$"):
         presets.resolve("dapo", oversample=1.5)
