@@ -90,13 +90,13 @@ def _weigh(weights: Any, index: int) -> jax.Array:
 
 
 def wait_for(folder: str, name: str) -> None:
-    """Waits until a file is there.
+    """Waits until a file is there; "*" in its name stands for anything.
 
     Raises:
         TimeoutError: it does not come; named.
     """
     deadline = time.monotonic() + DEADLINE_SECS
-    while not (pathlib.Path(folder) / name).exists():
+    while not any(pathlib.Path(folder).glob(name)):
         if time.monotonic() > deadline:
             raise TimeoutError(f"{name!r} did not happen within {DEADLINE_SECS} s")
         time.sleep(0.005)
