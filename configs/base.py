@@ -93,7 +93,7 @@ KEYS = {
     "algorithm.correction_bound": Key("truncate", "identity", "truncate | mask"),
     "algorithm.correction_low": Key(0.5, "identity", "smallest weight that mask keeps"),
     "algorithm.correction_high": Key(2.0, "identity", "largest weight"),
-    "algorithm.proximal": Key("generator", "identity", "old policy of the ratio: generator | current (decoupled PPO)"),
+    "algorithm.proximal": Key("current", "identity", "old policy of the ratio: current, the weights before the update (decoupled PPO), or generator"),
     # which prompts and completions are trained on
     "curation.oversample": Key(int, "identity", "prompts that a step consumes, as a multiple of prompts_per_step; unset = the preset's"),
     "curation.select": Key(str, "identity", "prompts that fill the batch: any | raw | information; unset = any without oversampling"),
@@ -103,7 +103,7 @@ KEYS = {
     "curation.overlong_penalty": Key(1.0, "identity", "reward taken off at the limit"),
     "curation.mask_truncated": Key(False, "identity", "completions that ran out of tokens are not trained on"),
     "curation.difficulty": Key("", "free", "JSON of difficulty estimates (launch/record.py, docs/data.md), whose content is identity; '' = none"),
-    "curation.min_mean": Key(float("-inf"), "identity", "prompts with a lower estimated mean reward are left out"),
+    "curation.min_mean": Key(float, "identity", "prompts with a lower estimated mean reward are left out; unset = none are"),
     "curation.max_mean": Key(float, "identity", "prompts with a higher one are left out; unset = none are"),
     "curation.min_std": Key(0.0, "identity", "prompts whose estimated deviation is lower are left out"),
     "curation.keep_unknown": Key(True, "identity", "prompts without an estimate stay"),
@@ -158,6 +158,7 @@ KEYS = {
     "evaluation.completions_per_prompt": Key(4, "free", "answers sampled for each"),
     "evaluation.prompts_per_work": Key(16, "free", "prompts in one unit of evaluation; divides evaluation.num_prompts"),
     "metrics.gradients_every": Key(0, "free", "updates between two measurements of each preference group's gradient (K backward passes); 0 = never"),
+    "metrics.dump_batches": Key((), "free", "updates whose training batch is written to batches/ (batch_files.py), for example (1, 10)"),
     "metrics.samples_every": Key(5, "free", "updates between two tables of samples"),
     "metrics.tensorboard": Key(True, "free", "write TensorBoard files"),
 }

@@ -7,10 +7,16 @@ Not a configuration of a run: the other files of this folder are. Options and le
 """
 
 import dataclasses
+import math
 
 from pgrpo_jax.algorithms.advantages import AdvantageSettings
+from pgrpo_jax.algorithms.importance import Correction
 from pgrpo_jax.algorithms.memory import Memory
+from pgrpo_jax.algorithms.objective import Objective
 from pgrpo_jax.algorithms.preference_weights import PreferenceWeights
+from pgrpo_jax.algorithms.presets import PRESETS
+from pgrpo_jax.laboratory import staleness, truncation
+from pgrpo_jax.laboratory.staleness import Treatment
 from pgrpo_jax.laboratory.training import Arm, Budget
 
 CHOICE_SEEDS = range(0, 200)
@@ -113,4 +119,43 @@ FOLLOW_UP_REGIMES = REGIMES | {"minority that rates high": _BASE | {"offsets": (
 FOLLOW_UP_ARMS: dict[str, Arm] = {name: ARMS[name] for name in ("grpo", "p_grpo", "dro, grpo", "dro, p_grpo")} | {
     f"{name}, {option}": dataclasses.replace(OPTIONS[name][option], learning_rate=CHOSEN[name][1])
     for name in ("stratified, grpo", "stratified, p_grpo") for option in ("floor 0.2", "floor 0.25")
+}
+
+# Off-policy: the bias of every truncation, and staleness x learning rate (`python launch/laboratory.py off_policy`)
+CORRECTION_SEEDS = range(3000, 3032)
+DISTANCES = (0.05, 0.2, 0.5, 1.0)  # deviation of the noise on the sampler's logits
+TRUNCATION_SIZES = truncation.Sizes(length=5, num_tokens=4, spread=1.0)
+CORRECTIONS: dict[str, Correction] = {"none": Correction()} | {
+    f"{level}, {label}": correction
+    for level in ("token", "sequence", "geometric")
+    for label, correction in {
+        "unbounded": Correction(level, high=math.inf),
+        **{f"truncated at {high}": Correction(level, "truncate", high=high) for high in (1.5, 2.0, 5.0)},
+        **{f"masked outside 1/{high} to {high}": Correction(level, "mask", low=1 / high, high=high) for high in (1.5, 2.0, 5.0)},
+    }.items()
+}
+STALENESS_SEEDS = range(3000, 3064)
+STALENESSES = (0, 1, 2, 4, 8, 16, 32)
+STALENESS_LEARNING_RATES = (1.0, 2.0, 4.0, 8.0, 16.0)
+STALENESS_BUDGET = staleness.Budget(
+    num_steps=100, prompts_per_step=8, completions_per_prompt=8, num_contexts=8, length=8, num_tokens=4, num_features=256
+)
+
+
+def _corrected(*correction) -> Treatment:
+    """Decoupled: the ratio is against the policy before the update, and the correction's weight against the one that sampled."""
+    return Treatment(Objective(policy_term="log_prob", correction=Correction(*correction)))
+
+
+TREATMENTS: dict[str, Treatment] = {
+    "nothing": _corrected(),
+    "grpo's clip around the sampler": Treatment(Objective(), proximal="generator"),
+    "gspo's clip around the sampler": Treatment(PRESETS["gspo"].objective, proximal="generator"),
+    "cispo's weight against the sampler": Treatment(PRESETS["cispo"].objective, proximal="generator"),
+    "token, truncated at 2": _corrected("token", "truncate", 0.5, 2.0),
+    "token, masked outside 1/2 to 2": _corrected("token", "mask", 0.5, 2.0),
+    "sequence, truncated at 2": _corrected("sequence", "truncate", 0.5, 2.0),
+    "sequence, masked outside 1/2 to 2": _corrected("sequence", "mask", 0.5, 2.0),
+    "sequence, unbounded": _corrected("sequence", "truncate", 0.5, math.inf),
+    "geometric, masked outside 1/2 to 2": _corrected("geometric", "mask", 0.5, 2.0),
 }

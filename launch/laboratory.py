@@ -3,9 +3,10 @@
     python launch/laboratory.py arms [--seeds=200] [--out=DIR]     trains every arm in every regime and prints the tables
     python launch/laboratory.py choose [--seeds=200]               scores every option and learning rate on the seeds for choosing
     python launch/laboratory.py follow_up [--seeds=200] [--out=DIR]        the questions that the report raised, on fresh seeds
+    python launch/laboratory.py off_policy [--out=DIR]             what stale rollouts cost: bias of every truncation, staleness x rate
 
-`arms` and `follow_up` write report.json, differences.png and curves.png into DIR, runs/laboratory unless given; --only=NAME
-[--only=NAME …] trains these arms and the two baselines.
+`arms` and `follow_up` write report.json, differences.png and curves.png into DIR, runs/laboratory unless given, `off_policy` writes
+off_policy.json and staleness.png; --only=NAME [--only=NAME …] trains these arms and the two baselines.
 """
 
 import json
@@ -24,7 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from configs import laboratory as settings  # noqa: E402  (needs the path above)
 from pgrpo_jax import laboratory_charts  # noqa: E402
-from pgrpo_jax.laboratory import sweep, tables  # noqa: E402
+from pgrpo_jax.laboratory import staleness, sweep, tables, truncation  # noqa: E402
 from pgrpo_jax.laboratory.training import Arm  # noqa: E402
 
 _SEEDS = flags.DEFINE_integer("seeds", len(settings.REPORT_SEEDS), "how many seeds, from the first on", lower_bound=2)
@@ -67,6 +68,23 @@ def _compare(arms: Mapping[str, Arm], regimes: Mapping[str, Any], seeds: range) 
     print(f"\n{len(outcomes)} arms, {len(regimes)} regimes, {_SEEDS.value} seeds: {secs:.0f} s; report and charts in {out}")
 
 
+def _off_policy() -> None:
+    """Prints the table of biases and the maps of staleness and learning rate, writes the report and the chart."""
+    start = time.monotonic()
+    errors = truncation.table(settings.CORRECTIONS, settings.DISTANCES, settings.CORRECTION_SEEDS, settings.TRUNCATION_SIZES)
+    print(f"\nbias, deviation of one completion (both over the norm of the on-policy gradient)\n\n{tables.errors(errors)}")
+    grid = (settings.STALENESSES, settings.STALENESS_LEARNING_RATES)
+    found = staleness.sweep(settings.TREATMENTS, *grid, settings.STALENESS_SEEDS, settings.STALENESS_BUDGET, num_threads=_THREADS.value)
+    rewards = staleness.report(found, *grid)
+    for rate in settings.STALENESS_LEARNING_RATES:
+        print(f"\nfinal reward by staleness, learning rate {rate:g}\n\n{tables.staleness(rewards, f'{rate:g}')}")
+    out = epath.Path(_OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "off_policy.json").write_text(json.dumps({"errors": errors, "staleness": rewards}, indent=1))
+    (out / "staleness.png").write_bytes(laboratory_charts.staleness(rewards))
+    print(f"\n{time.monotonic() - start:.0f} s; report and chart in {out}")
+
+
 def _choose() -> None:
     """Scores every option and learning rate; the best of each arm belongs into CHOSEN of configs/laboratory.py."""
     scores = sweep.choose(
@@ -79,7 +97,7 @@ def _choose() -> None:
             print(f"    # {score:.4f}  learning rate {rate:g}  {option}")
 
 
-COMMANDS = {"arms": _arms, "choose": _choose, "follow_up": _follow_up}
+COMMANDS = {"arms": _arms, "choose": _choose, "follow_up": _follow_up, "off_policy": _off_policy}
 
 
 def main(argv: Sequence[str]) -> int:

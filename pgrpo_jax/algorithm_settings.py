@@ -65,10 +65,10 @@ def faults(config: Any) -> list[str]:
     """Returns what is wrong with the keys of `preset`, `algorithm` and `curation`, a line each."""
     errors = []
     for key, known in _ONE_OF.items():
-        if (value := _get(config, key)) is not None and value not in known:
+        if (value := value_of(config, key)) is not None and value not in known:
             errors.append(f"{key} = {value!r} is unknown: use one of {', '.join(known)}")
     for key, (bound, holds) in _BOUNDS.items():
-        if (value := _get(config, key)) is not None and not holds(value):
+        if (value := value_of(config, key)) is not None and not holds(value):
             errors.append(f"{key} = {value} is not {bound}: set it within")
     builders = [preset, components]
     if config.task.preference_groups:  # else the task's own: whether there is such a task is checked with its name
@@ -86,28 +86,25 @@ def _contradictions(config: Any) -> list[str]:
     a, c, chosen = config.algorithm, config.curation, preset(config)
     paid_in_reward = chosen.objective.kl_in == "reward" and chosen.kl_coefficient > 0
     rules = [
-        (a.epsilon + a.std_floor != 0, f"algorithm.epsilon + algorithm.std_floor = {a.epsilon + a.std_floor} is 0: a preference history of "
-         "equal rewards would divide by 0; set one above 0"),
+        (a.epsilon + a.std_floor != 0, f"algorithm.epsilon + algorithm.std_floor = {a.epsilon + a.std_floor} is 0: a preference history "
+         "of equal rewards would divide by 0; set one above 0"),
         (a.memory == "cumulative" or a.memory_length > 0, f"algorithm.memory = {a.memory!r} needs algorithm.memory_length above 0, it is "
          f"{a.memory_length}: set a half-life, or a number of batches"),
-        (a.memory != "window" or a.memory_length == int(a.memory_length), f"algorithm.memory_length = {a.memory_length} is no whole number of "
-         "batches: round it"),
-        (a.correction_low <= a.correction_high, f"algorithm.correction_low = {a.correction_low} is above algorithm.correction_high = "
-         f"{a.correction_high}: swap them"),
+        (a.memory != "window" or a.memory_length == int(a.memory_length), f"algorithm.memory_length = {a.memory_length} is no whole number "
+         "of batches: round it"),
         (not (paid_in_reward and a.components), "algorithm.kl_in = 'reward' has no component to be taken off with algorithm.components set: "
          "use kl_in = 'loss'"),
         (chosen.kl_coefficient > 0 or (a.kl_target == 0 and a.reference_refresh == 0), "algorithm.kl_target and algorithm.reference_refresh "
          "need a reference: set algorithm.kl_coefficient above 0"),
         (c.overlong_buffer <= config.generation.max_new_tokens, f"curation.overlong_buffer = {c.overlong_buffer} is above "
          f"generation.max_new_tokens = {config.generation.max_new_tokens}: every answer would be punished; lower it"),
-        (c.strata_floor * config.task.num_preference_groups <= config.prompts_per_step, f"curation.strata_floor = {c.strata_floor} for "
-         f"{config.task.num_preference_groups} preference groups exceeds prompts_per_step = {config.prompts_per_step}: lower it"),
         (c.order == "shuffled" or c.difficulty, f"curation.order = {c.order!r} needs estimates: set curation.difficulty"),
     ]  # fmt: skip
     return [message for holds, message in rules if not holds]
 
 
-def _get(config: Any, key: str) -> Any:
+def value_of(config: Any, key: str) -> Any:
+    """Returns the value of a dotted key."""
     for part in key.split("."):
         config = config[part]
     return config

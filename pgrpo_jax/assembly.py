@@ -70,7 +70,7 @@ def _curated(config: Any, task: Task) -> Task:
         seed=config.seed,
         prompts_per_step=config.prompts_per_step,
         difficulty=difficulty.read(c.difficulty) if c.difficulty else None,
-        min_mean=c.min_mean,
+        min_mean=-math.inf if c.min_mean is None else c.min_mean,
         max_mean=math.inf if c.max_mean is None else c.max_mean,
         min_std=c.min_std,
         keep_unknown=c.keep_unknown,

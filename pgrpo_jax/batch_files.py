@@ -43,11 +43,13 @@ def dump_batch(path: epath.PathLike, batch: TrainBatch, advantages: Any, old: An
     Raises:
         ValueError: shapes do not match the batch.
     """
-    wanted = {"advantages": (advantages, batch.rewards), "old_log_probs": (old, batch.completions), "reference_log_probs": (reference, batch.completions)}
-    for name, (values, like) in wanted.items():
-        if values is not None and np.shape(values) != np.shape(like):
-            raise ValueError(f"{name} has shape {np.shape(values)}, the batch needs {np.shape(like)}: give those of this very batch")
-    arrays = {f"batch/{name}": getattr(batch, name) for name in _FIELDS} | {n: values for n, (values, _) in wanted.items() if values is not None}
+    given = {"advantages": advantages, "old_log_probs": old, "reference_log_probs": reference}
+    given = {name: values for name, values in given.items() if values is not None}
+    for name, values in given.items():
+        like = np.shape(batch.rewards if name == "advantages" else batch.completions)
+        if np.shape(values) != like:
+            raise ValueError(f"{name} has shape {np.shape(values)}, the batch needs {like}: give those of this very batch")
+    arrays = {f"batch/{name}": getattr(batch, name) for name in _FIELDS} | given
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **jax.device_get(arrays))
     path = epath.Path(path)

@@ -17,7 +17,7 @@ def check(rollouts: Sequence[Rollouts], *, num_preference_groups: int, version: 
         version: the weight version that the schedule names for this step; None where its units may be of any.
 
     Raises:
-        ValueError: a reward is NaN or infinite, or a preference id is outside [0, K) (names the prompt); or another weight
+        ValueError: a reward is NaN or infinite, or a preference id or history row outside [0, K) (names the prompt); or another weight
             version generated a unit: its log-probs would be recomputed with the wrong weights.
     """
     for r in rollouts:
@@ -31,6 +31,10 @@ def check(rollouts: Sequence[Rollouts], *, num_preference_groups: int, version: 
                 raise ValueError(
                     f"prompt {prompt.prompt_id} has preference id {prompt.preference_id}, outside [0, {num_preference_groups}): "
                     "fix the task or set task.num_preference_groups"
+                )
+            if not 0 <= prompt.history_row < num_preference_groups:
+                raise ValueError(
+                    f"prompt {prompt.prompt_id} has history row {prompt.history_row}, outside [0, {num_preference_groups}): fix the task's arm"
                 )
         for row in np.flatnonzero(~np.isfinite(r.rewards)):
             prompt = r.prompt_records[r.prompt_index[row]]

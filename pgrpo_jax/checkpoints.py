@@ -47,11 +47,11 @@ class Checkpoints:
         self, directory: epath.PathLike, *, identity: Mapping[str, Any], keep: int = 2, read_only: bool = False, timeout_secs: int = 1200
     ):
         path = epath.Path(directory)
-        self._directory = path if "://" in os.fspath(path) else path.absolute()  # Orbax refuses relative paths, in its write thread
+        self.directory = path if "://" in os.fspath(path) else path.absolute()  # Orbax refuses relative paths, in its write thread
         self._identity = dict(identity)
         self._exchange, self._read_only = Exchange(timeout_secs=timeout_secs), read_only
         if not read_only:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
         # Named processes wait for each other through JAX's coordination service, with deadlines; by default Orbax would use collectives,
         # which have none, and which its threads would mix with those of the training.
         alone = self._exchange.num_processes == 1
@@ -64,8 +64,8 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(timeout_secs=timeout_secs),
         )
         with self._deadline("open the checkpoints"):
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
-        self._versions = WeightVersions(self._directory / "versions", everyone=everyone, timeout_secs=timeout_secs)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._versions = WeightVersions(self.directory / "versions", everyone=everyone, timeout_secs=timeout_secs)
         self._tidy()
 
     def latest_step(self) -> int | None:
@@ -81,7 +81,7 @@ class Checkpoints:
             if len(set(seen)) > 1:
                 steps = ", ".join(f"process {process} {theirs}" for process, theirs in enumerate(seen))
                 raise CheckpointError(
-                    f"the newest committed step in {self._directory} is not the same for all ({steps}): "
+                    f"the newest committed step in {self.directory} is not the same for all ({steps}): "
                     "--workdir must be a directory that all processes share"
                 )
         return step
@@ -114,7 +114,7 @@ class Checkpoints:
                     self._versions.write({v: versions[v] for v in self._missing(step, hashed)})
                 if not accepted or not self._manager.save(step, args=ocp.args.Composite(**trees)):
                     raise CheckpointError(
-                        f"checkpoint of step {step} was refused in {self._directory}, the newest step there is {self._manager.latest_step()}: "
+                        f"checkpoint of step {step} was refused in {self.directory}, the newest step there is {self._manager.latest_step()}: "
                         "use another --workdir, or delete the steps that are newer"
                     )
             if wait:
@@ -178,7 +178,7 @@ class Checkpoints:
             if self._exchange.num_processes == 1:
                 raise
             raise TimeoutError(
-                f"the {self._exchange.num_processes} processes did not {what} in {self._directory} together: look at the logs of those missing, "
+                f"the {self._exchange.num_processes} processes did not {what} in {self.directory} together: look at the logs of those missing, "
                 f"and run again to go on from the last committed step ({' '.join(str(error).split())[:500]})"
             ) from error
 
@@ -200,12 +200,12 @@ class Checkpoints:
         self._tidy()
         step = self.latest_step()
         if step is None:
-            raise CheckpointError(f"no committed checkpoint in {self._directory}: give the --workdir of a run that has saved one")
+            raise CheckpointError(f"no committed checkpoint in {self.directory}: give the --workdir of a run that has saved one")
         weights_like, found, where = like.trainable if weights_like is None else weights_like, {}, "record"
         try:
             record = self._record(step)
             self._check_identity(step, record["identity"])
-            wanted = {"state": (self._directory / str(step) / "state", like)}
+            wanted = {"state": (self.directory / str(step) / "state", like)}
             wanted |= {f"weights_{v}": (self._versions.path(v), weights_like) for v in record["versions"]}
             for name, (path, tree) in wanted.items():
                 where, expected = f"{name} in {path}", record["sha256"][name]
@@ -221,7 +221,7 @@ class Checkpoints:
         return found["state"], versions
 
     def _record(self, step: int) -> dict[str, Any]:
-        return self._local(ocp.JsonCheckpointHandler).restore(self._directory / str(step) / "record", args=ocp.args.JsonRestore())
+        return self._local(ocp.JsonCheckpointHandler).restore(self.directory / str(step) / "record", args=ocp.args.JsonRestore())
 
     def _local(self, handler: type) -> ocp.Checkpointer:
         """A reader that waits for no other process: what one of them finds damaged the others find as well."""
@@ -251,7 +251,7 @@ class Checkpoints:
         return tree.unflatten(leaves), digest.hexdigest()
 
     def _corrupt(self, step: int, reason: str) -> str:
-        return f"checkpoint {self._directory / str(step)} is corrupt ({reason}): delete that directory to go on from the step before it"
+        return f"checkpoint {self.directory / str(step)} is corrupt ({reason}): delete that directory to go on from the step before it"
 
     def _check_identity(self, step: int, found: Mapping[str, Any]) -> None:
         keys, absent = sorted(set(found) | set(self._identity)), "(absent)"
@@ -259,7 +259,7 @@ class Checkpoints:
         differences = [f"{key}: {there} there, {here} here" for key, there, here in pairs if there != here]
         if differences:
             raise CheckpointError(
-                f"checkpoint {self._directory / str(step)} belongs to another run ({'; '.join(differences)}): "
+                f"checkpoint {self.directory / str(step)} belongs to another run ({'; '.join(differences)}): "
                 "use another --workdir, or the configuration of that run"
             )
 

@@ -74,6 +74,34 @@ def curves(outcomes: Mapping[str, Outcome], regimes: Sequence[str], drawn: Seque
         return _png(figure)
 
 
+def staleness(report: Mapping[str, Any]) -> bytes:
+    """Draws a map for every treatment: final reward by staleness (rows) and learning rate (columns).
+
+    Args:
+        report: from `laboratory.staleness.report`.
+
+    Returns:
+        The chart, PNG; all maps have one scale, each cell its number.
+    """
+    first = next(iter(report.values()))
+    rows, columns = list(first), list(next(iter(first.values())))
+    with matplotlib.rc_context(STYLE):
+        figure, grid = _grid(len(report), height=2.6, sharey=True)
+        for i, (axes, (name, each)) in enumerate(zip(grid.flat, report.items())):
+            values = np.array([[each[row][column]["mean"] for column in columns] for row in rows])
+            axes.imshow(values, cmap="cividis", vmin=0.0, vmax=1.0, aspect="auto")
+            for (y, x), value in np.ndenumerate(values):
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value < 0.6 else "black")
+            axes.set_title(name, loc="left")
+            axes.set_xticks(range(len(columns)), columns)
+            axes.set_yticks(range(len(rows)), rows)
+            axes.grid(False)
+            if i % _COLUMNS == 0:
+                axes.set_ylabel("staleness, updates")
+        figure.supxlabel("learning rate; colour and number: final true reward (0 = random, 1 = optimal)", color="#5d6878", fontsize=9)
+        return _png(figure)
+
+
 def _draw_curve(axes: Axes, values: np.ndarray, label: str, colour: str) -> None:
     """One curve from [M seeds, S updates]."""
     step = np.arange(1, values.shape[1] + 1)

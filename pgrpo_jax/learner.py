@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pgrpo_jax import batch_metrics, batching, curation, gradient_shares, kl_control, parallel
+from pgrpo_jax import batch_files, batch_metrics, batching, curation, gradient_shares, kl_control, parallel
 from pgrpo_jax.algorithms import preference_weights
 from pgrpo_jax.algorithms.preference_weights import PreferenceWeights
 from pgrpo_jax.checkpoints import Checkpoints, state_sha256
@@ -17,7 +17,7 @@ from pgrpo_jax.models.transformer import Transformer
 from pgrpo_jax.schedule import Schedule
 from pgrpo_jax.structs import Rollouts, TrainBatch, TrainState
 from pgrpo_jax.train_state import copied
-from pgrpo_jax.update import kl_penalties, learning_rate, LossSettings, OptimiserSettings, score_slices, update
+from pgrpo_jax.update import kl_penalties, learning_rate, LossSettings, OptimiserSettings, refuse_non_finite, score_slices, update
 
 PROXIMAL = ("generator", "current")
 
@@ -45,6 +45,7 @@ class LearnerSettings:
         proximal: the old policy of the ratio: "generator", the weights that generated the batch, or "current", those before the update
             (decoupled PPO, AReaL, arXiv:2505.24298).
         gradients_every: updates between two measurements of each preference group's gradient; 0 = never.
+        dump_batches: updates whose batch is written beside the checkpoints, in batches/.
     """
 
     num_steps: int
@@ -62,8 +63,9 @@ class LearnerSettings:
     components: tuple[str, ...] = ()
     preference_weights: PreferenceWeights = PreferenceWeights()
     kl: KLControl = KLControl()
-    proximal: str = "generator"
+    proximal: str = "current"
     gradients_every: int = 0
+    dump_batches: tuple[int, ...] = ()
 
 
 class Learner:
@@ -73,8 +75,7 @@ class Learner:
     Args:
         model: the transformer, as the learner runs it.
         state: of `initial_state`.
-        advantage_kernel: jitted, pmapped (rewards, prompt_index, preference_ids, mask, history) → (advantages, history,
-            diagnostics); see `parallel.advantage_kernel`.
+        advantage_kernel: of `parallel.advantage_kernel`.
         settings: sizes and constants.
         reference: parameters of the reference policy, or None where the KL coefficient is 0.
         load_base: returns the parameters of the untrained policy, which are not kept.
@@ -195,7 +196,8 @@ class Learner:
         advantages = np.asarray(advantages)
         trained, wanted, informative = curation.train_on(flat, signals, advantages, s.curation)
         counts = np.bincount(trained.preference_ids[trained.prompt_index][trained.valid], minlength=s.num_preference_groups).astype(np.int32)
-        weights = np.asarray(preference_weights.weights(s.preference_weights, np.asarray(diagnostics.history_mean), counts))
+        past = np.where(diagnostics.history_count > 0, diagnostics.history_mean, np.nan).astype(advantages.dtype)
+        weights = np.asarray(preference_weights.weights(s.preference_weights, past, counts))
         wanted = wanted * weights[trained.preference_ids[trained.prompt_index]]
         scalars, shares = self._optimise(trained, wanted.astype(advantages.dtype), version=expected)
 
@@ -218,6 +220,10 @@ class Learner:
         batch = parallel.shard_rows(batching.micro_batches(trained, s.micro_batches), self._mesh, axis=1)
         sliced = parallel.shard_rows(advantages.reshape(s.micro_batches, -1), self._mesh, axis=1)
         old, reference = self._old_log_probs(batch, version=version), self._reference_log_probs(batch)
+        if self.step + 1 in s.dump_batches:
+            whole = parallel.on_hosts((batch, sliced, old, reference))
+            if jax.process_index() == 0:
+                batch_files.dump_batch(self._checkpoints.directory.parent / "batches" / f"step_{self.step + 1:06d}.npz", *whole)
         shares = {}
         if s.gradients_every and (self.step + 1) % s.gradients_every == 0:
             fixed = (self.state.trainable, self._model, s.loss, batch, sliced, self._kl_coefficients(), old, reference)
@@ -225,7 +231,7 @@ class Learner:
         for _ in range(s.passes_per_batch):
             self.state, scalars = update(self.state, self._model, s.loss, s.optimiser, batch, sliced, old, reference)
             scalars = jax.device_get(scalars)
-            self._refuse_non_finite(scalars)
+            refuse_non_finite(scalars, step=self.step + 1)
         return scalars, shares
 
     def _old_log_probs(self, batch: TrainBatch, *, version: int | None, always: bool = False) -> jax.Array | None:
@@ -271,14 +277,6 @@ class Learner:
         if kl.refreshes(self.step):
             after["reference"] = parallel.compiled(copied, self._params_layout, dtype=None)(self.state.trainable)
         return after
-
-    def _refuse_non_finite(self, scalars: dict[str, np.ndarray]) -> None:
-        for name in ("loss", "grad_norm"):
-            if not np.isfinite(scalars[name]):
-                raise FloatingPointError(
-                    f"{name} = {scalars[name]} at step {self.step + 1} is not finite: the last checkpoint is good; "
-                    "lower optimiser.learning_rate or raise algorithm.std_floor and run again"
-                )
 
     def save(self, *, wait: bool = False) -> None:
         """Commits the state, with the weight versions that later steps need, as one checkpoint; see `Checkpoints.save`."""

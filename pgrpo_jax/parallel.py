@@ -149,6 +149,11 @@ def whole(array: Any) -> Iterator[np.ndarray]:
         yield from (np.asarray(piece.addressable_data(0)) for piece in _gathered(array))
 
 
+def on_hosts(tree: Any) -> Any:
+    """Brings a pytree to the host of every process, whole; all processes must call it. None stays None."""
+    return jax.tree.map(lambda x: np.concatenate([piece.reshape(-1) for piece in whole(x)]).reshape(np.shape(x)), tree)
+
+
 def _gathered(array: jax.Array) -> Iterator[jax.Array]:
     """The array on every device of its mesh: at once, or by its first axis where it is large and that one is not split."""
     if array.is_fully_replicated:

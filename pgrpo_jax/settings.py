@@ -73,14 +73,14 @@ def check(config: Any) -> None:
         ConfigError: each line names a key, its value, the bound and what to do.
     """
     errors = [
-        f"{key} = {_get(config, key)} is below {least}: set it to at least {least}"
+        f"{key} = {algorithm_settings.value_of(config, key)} is below {least}: set it to at least {least}"
         for key, least in _AT_LEAST.items()
-        if not _get(config, key) >= least
+        if not algorithm_settings.value_of(config, key) >= least
     ]
     errors += [
-        f"{key} = {_get(config, key)!r} is unknown: use one of {', '.join(known)}"
+        f"{key} = {algorithm_settings.value_of(config, key)!r} is unknown: use one of {', '.join(known)}"
         for key, known in _ONE_OF.items()
-        if _get(config, key) not in known
+        if algorithm_settings.value_of(config, key) not in known
     ]
     errors += _check_numbers(config) + algorithm_settings.faults(config)
     builders = (_task_weights, schedule, lambda c: learning_rate(optimiser_settings(c)), _random_model_if_any)
@@ -97,12 +97,6 @@ def check(config: Any) -> None:
     errors += _check_engine(config)
     if errors:
         raise ConfigError("\n".join(errors))
-
-
-def _get(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config[part]
-    return config
 
 
 def _check_numbers(config: Any) -> list[str]:
@@ -225,6 +219,7 @@ def learner_settings(config: Any, tokenizer: Tokenizer) -> LearnerSettings:
         kl=kl_control(config),
         proximal=a.proximal,
         gradients_every=config.metrics.gradients_every,
+        dump_batches=tuple(config.metrics.dump_batches),
     )
 
 

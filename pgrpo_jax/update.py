@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any
+import math
+from typing import Any, Mapping
 
 import chex
 import jax
@@ -235,6 +236,24 @@ def _measure(sums, gaps, preference_ids, *, everywhere, num_preference_groups):
         values = gaps[:, :, place]
         metrics |= {f"{name}/{key}": value for key, value in importance.gap_statistics(values, values >= 0).items()}
     return metrics
+
+
+def refuse_non_finite(metrics: Mapping[str, Any], *, step: int) -> None:
+    """Refuses what an update measured where the policy is lost.
+
+    Args:
+        metrics: of `update`, on the host.
+        step: updates done, this one included.
+
+    Raises:
+        FloatingPointError: the loss or the gradient is not finite.
+    """
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(metrics[name]):
+            raise FloatingPointError(
+                f"{name} = {metrics[name]} at step {step} is not finite: the last checkpoint is good; "
+                "lower optimiser.learning_rate or raise algorithm.std_floor and run again"
+            )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -45,3 +45,13 @@ def test_curves_draws_a_panel_for_each_regime():
     assert first == laboratory_charts.curves(outcomes(), REGIMES, ["grpo", "p_grpo"])
     assert first != laboratory_charts.curves(outcomes(), REGIMES, ["grpo"])
     assert len(first) < 150_000
+
+
+def test_the_map_of_staleness_follows_its_numbers():
+    def report(value):
+        rows = {row: {column: {"mean": value, "low": 0.0, "high": 1.0} for column in ("1", "2")} for row in ("0", "4")}
+        return {"nothing": rows, "token": rows}
+
+    first = laboratory_charts.staleness(report(0.2))
+    assert pixels(first)[..., :3].std() > 0.05
+    assert first == laboratory_charts.staleness(report(0.2)) and first != laboratory_charts.staleness(report(0.9))

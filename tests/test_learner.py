@@ -85,7 +85,7 @@ def log_probs(weights, units):
 @pytest.mark.parametrize("reload, accept", SCHEDULES)
 def test_bookkeeping_under_a_schedule(reload, accept, make, scored):
     schedule, num_steps = Schedule(reload=reload, accept=accept), 9
-    learner = make(schedule=schedule, num_steps=num_steps)
+    learner = make(schedule=schedule, num_steps=num_steps, proximal="generator")
     weights, rewards = {0: snapshot(learner.state.trainable)}, [[] for _ in range(cases.K)]
     stale = 0
     for step in range(num_steps):
@@ -235,7 +235,7 @@ def test_advantages_come_back_in_canonical_order(make):
 def test_versions_in_half_precision(make):
     """The state stays float32; stale rollouts are scored with the rounded weights that generated them, a restored run with the same."""
     schedule = Schedule(reload=1, accept=2)
-    learner = make(schedule=schedule, weights_dtype="bfloat16")
+    learner = make(schedule=schedule, weights_dtype="bfloat16", proximal="generator")
     start = snapshot(learner.state.trainable)
     learner.update(rollouts(0, schedule))
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), start)
@@ -247,7 +247,7 @@ def test_versions_in_half_precision(make):
     metrics, _ = learner.update(units)
     np.testing.assert_allclose(metrics["ratio"], token_means(flat, new, log_probs(rounded, units)[1])[0], rtol=1e-5)
     assert abs(metrics["ratio"] / token_means(flat, new, log_probs(start, units)[1])[0] - 1) > 1e-4, "rounding shows"
-    resumed = make(schedule=schedule, weights_dtype="bfloat16")
+    resumed = make(schedule=schedule, weights_dtype="bfloat16", proximal="generator")
     assert resumed.restore()
     assert_equal(snapshot(resumed.versions[0]), rounded)
     resumed.update(units)
@@ -284,8 +284,8 @@ def test_a_version_that_is_asked_for(make, tmp_path):
 
 
 def test_units_of_several_versions(make, scored):
-    """The old policy is what the sampler reported; nothing is scored; staleness is the mean over units."""
-    learner = make(schedule=Schedule(accept=4, policy="freshest"))
+    """Around the generator the old policy is what the sampler reported; nothing is scored; staleness is the mean over units."""
+    learner = make(schedule=Schedule(accept=4, policy="freshest"), proximal="generator")
     for step in range(2):
         learner.update(tuple(cases.rollouts(2 * step + i, version=step, prompts=UNIT, step=step) for i in range(2)))
     assert set(learner.versions) == {2}

@@ -7,7 +7,7 @@ import learner_cases as cases
 import numpy as np
 import pytest
 
-from pgrpo_jax import batching, checkpoints, parallel, update
+from pgrpo_jax import batch_files, batching, checkpoints, parallel, update
 from pgrpo_jax.algorithms.preference_weights import PreferenceWeights
 from pgrpo_jax.curation import Curation
 from pgrpo_jax.kl_control import KLControl
@@ -141,3 +141,30 @@ def test_gradient_shares_are_measured_when_they_are_due(make):
     first, second = (learner.update(units(step))[0] for step in range(2))
     assert "gradient_cosine/mean" not in first
     np.testing.assert_allclose(sum(second[f"preference_group/{p}/gradient_share"] for p in range(cases.K)), 1.0, rtol=1e-5)
+
+
+def test_a_preference_group_without_a_past_is_not_taken_for_needy(make):
+    """Rewards above 0 and an empty history: under dro the first update weighs all alike, the second the needy more."""
+    learner = make(preference_weights=PreferenceWeights("dro", 0.5))
+    first, second = (learner.update(units(step))[0] for step in range(2))
+    assert [first[f"preference_group/{p}/weight"] for p in range(cases.K)] == [1] * cases.K
+    present = [p for p in range(cases.K) if second[f"preference_group/{p}/count"] and first[f"preference_group/{p}/count"]]
+    found = [second[f"preference_group/{p}/weight"] for p in present]  # rewards grow with the preference id
+    assert len(present) > 1 and found == sorted(found, reverse=True) and found[0] > 2 * found[-1]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_batch_of_a_step_is_written_when_asked(make, tmp_path, micro_batches):
+    learner = make(reference=cases.params("reference"), kl=KLControl(coefficient=0.1), dump_batches=(2,), micro_batches=micro_batches)
+    advantages = [learner.update(units(step))[1] for step in range(2)]
+    assert [path.name for path in (tmp_path / "batches").iterdir()] == ["step_000002.npz"]
+    read = batch_files.load_batch(tmp_path / "batches" / "step_000002.npz")
+    flat = batching.to_train_batch(units(1), completions_per_prompt=cases.G, pad_id=cases.PAD)
+    expected = batching.micro_batches(flat, micro_batches)
+    jax.tree.map(np.testing.assert_array_equal, read.batch, expected)
+    np.testing.assert_array_equal(read.advantages.reshape(-1), advantages[1])
+    assert read.old_log_probs is None
+    _, reference = scored(cases.params("reference"), units(1))
+    np.testing.assert_allclose(
+        np.where(expected.completion_mask, read.reference_log_probs, 0).reshape(reference.shape), np.where(flat.completion_mask, reference, 0), rtol=1e-5
+    )

@@ -5,7 +5,7 @@ w = π_old/π_behaviour of itself to an update around π_old. Weighting by w giv
 upper bound, and over the tokens of a completion it is a product, so it is held: truncated (IMPALA, arXiv:1802.01561, §4.1) or, beyond
 its bounds, not trained on at all. With π_old recomputed by the learner as the proximal policy, clipping around it and these weights
 together are decoupled PPO (arXiv:2110.00641, §3; AReaL, arXiv:2505.24298, §5.2). What each bound costs in bias and buys in variance
-is tabulated in docs/experiments.md, by `laboratory.off_policy`.
+is tabulated in docs/experiments.md, by `laboratory.truncation`; what it makes of stale rollouts, by `laboratory.staleness`.
 
 Letters: N completions, T tokens of a padded completion. Log-probs are in nats. Masked tokens may hold any log-prob.
 """

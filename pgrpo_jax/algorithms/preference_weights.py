@@ -36,7 +36,8 @@ def weights(settings: PreferenceWeights, history_means: chex.Array, counts: chex
 
     Args:
         settings: which.
-        history_means: [K] float, mean past reward of each preference group, reward units.
+        history_means: [K] float, mean past reward of each preference group, reward units; NaN where it has no past: under "dro" it then
+            weighs 1, as nobody knows whether it is in need.
         counts: [K] int, completions of each in the batch.
 
     Returns:
@@ -48,14 +49,14 @@ def weights(settings: PreferenceWeights, history_means: chex.Array, counts: chex
     chex.assert_rank([history_means, counts], 1)
     if settings.kind not in KINDS:
         raise ValueError(f"preference weights are {settings.kind!r}, must be one of {', '.join(KINDS)}: set algorithm.preference_weights")
-    present = counts > 0
     if settings.kind == "none":
         return jnp.ones_like(history_means)
+    weighed = (counts > 0) & (jnp.isfinite(history_means) | (settings.kind == "balanced"))
     if settings.kind == "balanced":
         raw = 1 / jnp.maximum(counts, 1).astype(history_means.dtype)
     else:
-        raw = jax.nn.softmax(jnp.where(present, -history_means / settings.temperature, -jnp.inf))
-        raw = jnp.where(present.any(), raw, 1)
-    share = counts.astype(history_means.dtype) / jnp.maximum(counts.sum(), 1).astype(history_means.dtype)
+        raw = jax.nn.softmax(jnp.where(weighed, -history_means / settings.temperature, -jnp.inf))
+    raw, counted = jnp.where(weighed, raw, 0), jnp.where(weighed, counts, 0)
+    share = counted.astype(history_means.dtype) / jnp.maximum(counted.sum(), 1).astype(history_means.dtype)
     mean = jnp.sum(raw * share)
-    return jnp.where(present, raw / jnp.where(mean > 0, mean, 1), 1)
+    return jnp.where(weighed, raw / jnp.where(mean > 0, mean, 1), 1)

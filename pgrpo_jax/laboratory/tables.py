@@ -80,6 +80,35 @@ def verdict(report: Mapping[str, Any], *, tolerance: float) -> str:
     return f"{report['recommended']} {question}; so do: {', '.join(n for n in all_of_them if n != report['recommended']) or 'no others'}."
 
 
+def errors(found: Mapping[str, Mapping[float, Mapping[str, Interval]]]) -> str:
+    """What each correction (rows) costs at each distance of the sampler (columns).
+
+    Args:
+        found: from `truncation.table`.
+
+    Returns:
+        The table; cells are "bias, deviation", means over seeds.
+    """
+    distances = list(next(iter(found.values())))
+    rows = [[name, *[", ".join(f"{one['mean']:.3f}" for one in each[d].values()) for d in distances]] for name, each in found.items()]
+    return _table(["correction", *[f"noise {d:g}" for d in distances]], rows)
+
+
+def staleness(report: Mapping[str, Mapping[str, Mapping[str, Interval]]], rate: str) -> str:
+    """The final reward of each treatment (rows) at each staleness (columns) at one learning rate.
+
+    Args:
+        report: from `staleness.report`.
+        rate: a learning rate, as the report writes it.
+
+    Returns:
+        The table; cells are "mean ±half of the 95 % interval", without the leading 0.
+    """
+    columns = list(next(iter(report.values())))
+    rows = [[name, *[_level(each[s][rate]) for s in columns]] for name, each in report.items()]
+    return _table(["treatment", *[f"{s} updates" for s in columns]], rows)
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [head, ["-" * width for width in widths], *rows]

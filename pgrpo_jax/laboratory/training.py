@@ -222,7 +222,7 @@ def _update(
     table = environment.log_probs(state.policy, regime.visibility)
     by_preference, kl = jax.grad(_loss, has_aux=True)(table, batch, advantage, coefficients[batch.preference_ids], budget.prompts_per_step)
     gradient = environment.policy_gradient(by_preference, regime.visibility)
-    policy, square = _descend(state.policy, gradient, state.square, number, numbers.learning_rate)
+    policy, square = descend(state.policy, gradient, state.square, number, numbers.learning_rate)
     # Every parameter of the policy sees the gradient of the logits, the preference group's own ones v times it.
     norms = jnp.sqrt(jnp.sum(by_preference**2, axis=(1, 2)))
     state = _State(policy=policy, history=history, square=square, kl_coefficients=_adapt(state, batch, kl, diagnostics, numbers.kl_target))
@@ -259,14 +259,25 @@ def _adapt(
     return regularisers.adapt(state.kl_coefficients, mean, jnp.full_like(mean, 1) * jnp.where(target > 0, target, 1), 1.0)
 
 
-def _descend(
-    policy: Policy, gradient: Policy, square: chex.Array, number: chex.Array, learning_rate: chex.Array
-) -> tuple[Policy, chex.Array]:
-    """One step against the gradient: its norm clipped at twice the running root mean square, then divided by that."""
-    norm2 = jnp.sum(gradient.shared**2) + jnp.sum(gradient.own**2)
+def descend(
+    params: chex.ArrayTree, gradient: chex.ArrayTree, square: chex.Array, number: chex.Array, learning_rate: chex.Array
+) -> tuple[chex.ArrayTree, chex.Array]:
+    """One step against the gradient: its norm clipped at twice the running root mean square, then divided by that.
+
+    Args:
+        params: pytree of float arrays.
+        gradient: same shapes.
+        square: scalar, running second moment of the gradient's norm, 0 before the first step.
+        number: scalar int, steps done before this one.
+        learning_rate: scalar, length of a typical step.
+
+    Returns:
+        The parameters after the step and the new second moment.
+    """
+    norm2 = sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient))
     before = square / (1 - _DECAY ** jnp.maximum(number, 1).astype(square.dtype))
     kept2 = jnp.where(before > 0, jnp.minimum(norm2, _CLIP**2 * before), norm2)
     square = _DECAY * square + (1 - _DECAY) * kept2
     root = jnp.sqrt(square / (1 - _DECAY ** (number.astype(square.dtype) + 1)))
     length = learning_rate * jnp.sqrt(kept2 / jnp.maximum(norm2, 1e-30)) / jnp.maximum(root, 1e-15)
-    return jax.tree.map(lambda p, g: p - length * g, policy, gradient), square
+    return jax.tree.map(lambda p, g: p - length * g, params, gradient), square

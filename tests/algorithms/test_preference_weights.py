@@ -48,6 +48,14 @@ def test_by_hand():
     np.testing.assert_allclose(found, [16 / (12 + 4 * math.e**2), 16 * math.e**2 / (12 + 4 * math.e**2), 1], rtol=1e-5)
 
 
+def test_who_has_no_past_weighs_one_under_dro():
+    """Nobody knows yet whether it is in need; the others' weights are what they are without it."""
+    found = weights(PreferenceWeights("dro", 0.3), np.float32([0.8, np.nan, 0.2, 0.5]), np.int32([12, 40, 4, 0]))
+    np.testing.assert_allclose(found, [16 / (12 + 4 * math.e**2), 1, 16 * math.e**2 / (12 + 4 * math.e**2), 1], rtol=1e-5)
+    np.testing.assert_array_equal(weights(PreferenceWeights("dro", 0.3), np.float32([np.nan, np.nan]), np.int32([3, 1])), [1, 1])
+    np.testing.assert_allclose(weights(PreferenceWeights("balanced"), np.float32([np.nan, 1]), np.int32([12, 4])), [2 / 3, 2], rtol=1e-6)
+
+
 def test_a_temperature_far_above_the_differences_weighs_all_alike():
     np.testing.assert_allclose(weights(PreferenceWeights("dro", 1e6), np.float32([0.9, 0.1]), np.int32([3, 9])), [1, 1], rtol=1e-5)
 

@@ -10,7 +10,7 @@ import ml_collections
 import pytest
 
 from configs import base
-from pgrpo_jax import placement, settings
+from pgrpo_jax import algorithm_settings, placement, settings
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base", "laboratory"))
@@ -75,7 +75,7 @@ def test_defaults_live_only_in_base(path):
     assigned = [ast.unparse(node.targets[0]).removeprefix("config.") for node in body if isinstance(node, ast.Assign)][1:]
     assert len(assigned) == len(set(assigned)) > 0
     for name in set(base.KEYS) - set(assigned):
-        assert settings._get(config, name) == settings._get(default, name), name
+        assert algorithm_settings.value_of(config, name) == algorithm_settings.value_of(default, name), name
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -53,11 +53,11 @@ def test_one_step_by_hand():
     """The first step has the length of the learning rate; a gradient ten times as long is clipped at twice the one before."""
     policy = environment.Policy(shared=jnp.zeros((1, 2)), own=jnp.zeros((1, 1, 2)))
     gradient = environment.Policy(shared=jnp.asarray([[3.0, 0.0]]), own=jnp.asarray([[[0.0, 4.0]]]))
-    moved, square = training._descend(policy, gradient, jnp.zeros(()), jnp.int32(0), jnp.float32(0.5))
+    moved, square = training.descend(policy, gradient, jnp.zeros(()), jnp.int32(0), jnp.float32(0.5))
     np.testing.assert_allclose(moved.shared, [[-0.5 * 3 / 5, 0.0]], rtol=1e-5)
     np.testing.assert_allclose(moved.own, [[[0.0, -0.5 * 4 / 5]]], rtol=1e-5)
     longer = jax.tree.map(lambda g: 10 * g, gradient)
-    again, square = training._descend(moved, longer, square, jnp.int32(1), jnp.float32(0.5))
+    again, square = training.descend(moved, longer, square, jnp.int32(1), jnp.float32(0.5))
     root = np.sqrt((0.95 * 0.05 * 25 + 0.05 * 100) / (1 - 0.95**2))  # 100 = (2·5)²
     np.testing.assert_allclose(again.shared - moved.shared, [[-0.5 * (10 * 3 / 5) / root, 0.0]], rtol=1e-5)
     np.testing.assert_allclose(square, 0.95 * 0.05 * 25 + 0.05 * 100, rtol=1e-5)
@@ -66,9 +66,9 @@ def test_one_step_by_hand():
 def test_no_gradient_moves_nothing():
     policy = environment.Policy(shared=jnp.ones((1, 2)), own=jnp.ones((1, 1, 2)))
     nothing = jax.tree.map(jnp.zeros_like, policy)
-    moved, square = training._descend(policy, nothing, jnp.zeros(()), jnp.int32(0), jnp.float32(1.0))
+    moved, square = training.descend(policy, nothing, jnp.zeros(()), jnp.int32(0), jnp.float32(1.0))
     np.testing.assert_array_equal(moved.shared, policy.shared)
-    moved, _ = training._descend(moved, jax.tree.map(jnp.ones_like, policy), square, jnp.int32(1), jnp.float32(1.0))
+    moved, _ = training.descend(moved, jax.tree.map(jnp.ones_like, policy), square, jnp.int32(1), jnp.float32(1.0))
     assert np.all(np.isfinite(moved.own)) and np.all(np.asarray(moved.own) < 1)
 
 

@@ -11,7 +11,7 @@ def laboratory(*arguments, cwd=program.ROOT):
 
 
 def test_what_is_wrong_is_one_line():
-    assert program.errors(laboratory("train")) == ["command 'train' is unknown: give one of arms, choose, follow_up"]
+    assert program.errors(laboratory("train")) == ["command 'train' is unknown: give one of arms, choose, follow_up, off_policy"]
     found = program.errors(laboratory("arms", "--only=ppo"))
     assert len(found) == 1 and found[0].startswith("arm 'ppo' is unknown: give one of grpo; dr_grpo; ")
 
