@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # The tests: set-up with the development extras, model and data, pytest. Flags go to pytest:
-#   [PYTHON=python3] ./launch/test.sh [tests/algorithms -k history ...]     everything but the tests marked "faults"
-#   ./launch/test.sh --faults [...]                                         only those: they kill processes and take minutes
+#   [PYTHON=python3] ./launch/test.sh [tests/algorithms -k history ...]     everything but the tests marked "faults", two files at a time
+#   ./launch/test.sh --faults [...]                                         only those: they kill processes and take minutes, one at a time
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/setup_venv.sh
 source launch/setup_venv.sh
 
-selection="not faults"
+selection=(-m "not faults" --numprocesses=2 --dist=loadfile)
 if [[ "${1:-}" == "--faults" ]]; then
-  selection="faults"
+  selection=(-m faults)
   shift
 fi
 setup_venv dev
 run .venv/bin/python launch/fetch_assets.py
-exec .venv/bin/python -m pytest -m "$selection" "$@"
+exec .venv/bin/python -m pytest "${selection[@]}" "$@"

@@ -89,7 +89,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_stopped_run_goes_on_with_the_versions_it_had(schedule, tmp_path):
-    changes = SCHEDULES[schedule] | {"algorithm__kl_coefficient": 0.1}
+    changes = SCHEDULES[schedule] | {"algorithm__kl_coefficient": 0.1, "algorithm__proximal": "generator"}
     assert run(tmp_path / "whole", **changes) == 0
     stops = 0
     for count in (3, 13, 9, 11):  # in the evaluation before, then at several places of several steps
