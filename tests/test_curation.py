@@ -99,6 +99,13 @@ def test_a_dead_prompt_of_grpo_may_say_something_against_the_history():
     assert not by_raw[1] and by_history[1]
 
 
+def test_information_counts_from_its_bound_on():
+    _, batch = step()
+    advantages = np.where(batch.prompt_index == 0, 0.25, np.nextafter(np.float32(0.25), np.float32(0))).astype(np.float32)
+    found = curation.informative(dataclasses.replace(RULES, select="information", min_information=0.25), batch, batch.rewards, advantages)
+    assert list(np.flatnonzero(found)) == [0]
+
+
 @pytest.mark.parametrize(
     "wanted, count, places, kept",
     [

@@ -144,13 +144,43 @@ def test_gradient_shares_are_measured_when_they_are_due(make):
 
 
 def test_a_preference_group_without_a_past_is_not_taken_for_needy(make):
-    """Rewards above 0 and an empty history: under dro the first update weighs all alike, the second the needy more."""
+    """Under dro who has no past weighs 1, also beside others whose rewards are above 0; later it is the needy that weigh more."""
+
+    def of_preferences(step, ids):
+        return tuple(
+            dataclasses.replace(unit, prompt_records=tuple(dataclasses.replace(p, preference_id=ids[i % len(ids)]) for i, p in enumerate(unit.prompt_records)))
+            for unit in units(step)
+        )
+
     learner = make(preference_weights=PreferenceWeights("dro", 0.5))
-    first, second = (learner.update(units(step))[0] for step in range(2))
-    assert [first[f"preference_group/{p}/weight"] for p in range(cases.K)] == [1] * cases.K
-    present = [p for p in range(cases.K) if second[f"preference_group/{p}/count"] and first[f"preference_group/{p}/count"]]
-    found = [second[f"preference_group/{p}/weight"] for p in present]  # rewards grow with the preference id
-    assert len(present) > 1 and found == sorted(found, reverse=True) and found[0] > 2 * found[-1]
+    weights = []
+    for step, ids in enumerate(((0, 1), (0, 1, 2), (0, 1, 2))):
+        batch = of_preferences(step, ids)
+        batch = tuple(dataclasses.replace(unit, rewards=unit.rewards + 2 * np.repeat([p.preference_id for p in unit.prompt_records], cases.G)) for unit in batch)
+        metrics, _ = learner.update(batch)
+        weights.append([metrics[f"preference_group/{p}/weight"] for p in range(cases.K)])
+    assert weights[0] == [1, 1, 1]
+    assert weights[1][2] == 1 and weights[1][0] > 2 * weights[1][1]
+    assert weights[2][0] > 2 * weights[2][1] and weights[2][1] > 2 * weights[2][2]
+
+
+def test_the_weights_multiply_the_advantages(make, tmp_path):
+    learner = make(preference_weights=PreferenceWeights("balanced"), dump_batches=(1,))
+    metrics, advantages = learner.update(units(0))
+    read = batch_files.load_batch(tmp_path / "batches" / "step_000001.npz")
+    ids = np.take(read.batch.preference_ids[0], read.batch.prompt_index[0])
+    weights = np.array([metrics[f"preference_group/{p}/weight"] for p in range(cases.K)], np.float32)
+    assert len(set(weights[ids])) > 1
+    np.testing.assert_allclose(read.advantages[0], advantages * weights[ids], rtol=1e-6)
+
+
+def test_around_the_current_policy_nothing_is_clipped_whatever_generated(make):
+    """Units of several versions: the policy before the update is the old one, at no cost; the sampler's log-probs are the correction's."""
+    learner = make(schedule=Schedule(accept=4, policy="freshest"))
+    learner.update(units(0))
+    mixed = (units(1, version=0)[0], units(1, version=1)[1])
+    metrics, _ = learner.update(mixed, next_work=4)
+    assert metrics["ratio"] == 1 and metrics["clip_fraction"] == 0 and metrics["old_gap/max"] == 0 and metrics["mismatch/max"] > 0.1
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])

@@ -10,6 +10,7 @@ import learner_cases as cases
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pgrpo_jax import batching, parallel
 from pgrpo_jax import update as updates
@@ -316,6 +317,28 @@ def test_update_makes_one_step_and_donates_its_state(lenient):
     for name, value in expected.items():
         np.testing.assert_allclose(scalars[name], value, rtol=1e-5, err_msg=name)
     assert int(state.step) == 0 and not np.any(state.history.count), "steps and rewards are counted by the learner"
+
+
+def test_measurements_are_means_over_tokens():
+    """Two micro-batches of two prompts with two completions; the third preference group has no prompt, the last completion no token."""
+    rng = np.random.default_rng(0)
+    counts = np.float32([[3, 1, 2, 4], [1, 1, 5, 0]])
+    sums = {"token_count": counts} | {name: rng.random((2, 4)).astype(np.float32) * counts for name in ("clipped", "ratio", "entropy")}
+    gaps = rng.random((2, 4, 2, 5)).astype(np.float32)
+    gaps = np.where(np.arange(5) < counts[:, :, None, None], gaps, np.float32(-1))
+    ids = np.int32([[0, 1], [1, 1]])
+    everywhere = NamedSharding(parallel.make_mesh(jax.devices()[:1]), PartitionSpec())
+    found = jax.jit(functools.partial(updates._measure, everywhere=everywhere, num_preference_groups=3))(sums, gaps, ids)
+    rows = np.repeat(ids.reshape(-1), 2)
+    expected = {"clip_fraction": sums["clipped"].sum() / 17, "ratio": sums["ratio"].sum() / 17, "entropy": sums["entropy"].sum() / 17}
+    expected["by_preference/entropy"] = [sums["entropy"].reshape(-1)[rows == k].sum() / counts.reshape(-1)[rows == k].sum() for k in (0, 1)] + [np.nan]
+    for place, name in enumerate(("mismatch", "old_gap")):
+        values = np.sort(gaps[:, :, place][gaps[:, :, place] >= 0])
+        assert len(values) == 17
+        expected |= {f"{name}/mean": values.mean(), f"{name}/p95": values[math.ceil(0.95 * 17) - 1], f"{name}/max": values[-1]}
+    assert sorted(found) == sorted(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
 
 
 def test_a_batch_that_only_pads_changes_nothing(lenient):
