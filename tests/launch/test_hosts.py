@@ -21,7 +21,7 @@ HOSTS = 3
 SUBNET = "10.213.77"
 HEAD = f"{SUBNET}.1:6399"
 RAY = pathlib.Path(sys.executable).parent / "ray"
-STEPS = {"num_steps": 300, "checkpoint__save_every": 50}
+STEPS = {"num_steps": 1200, "checkpoint__save_every": 50}
 SECS = 120
 # How fast a host is taken for dead, and takes itself for cut off: a test must not wait for the minutes that suit a data centre.
 QUICK = {
@@ -69,10 +69,10 @@ def working(i):
     return ticks
 
 
-def wait(what, happened, driver):
+def wait(what, happened, driver, log):
     deadline = time.monotonic() + SECS
     while not (found := happened()):
-        assert driver.poll() is None, f"the run ended before {what}: {driver.stdout.read()}"
+        assert driver.poll() is None, f"the run ended before {what}: {log.read_text()}"
         assert time.monotonic() < deadline, f"waited {SECS} s for {what}"
         time.sleep(0.1)
     return found
@@ -122,7 +122,7 @@ def start_node(i, environment):
 
 
 def test_three_hosts_one_is_cut_off_and_comes_back(hosts, environment, cache, tmp_path):
-    reference, workdir = tmp_path / "inline", tmp_path / "run"
+    reference, workdir, log = tmp_path / "inline", tmp_path / "run", tmp_path / "log.txt"
     done = program.run(program.command(reference, **STEPS, **runs.staleness(1, 2)), cache=cache)
     assert (done.returncode, done.stderr) == (0, "")
     nodes = [start_node(0, environment)]
@@ -131,22 +131,24 @@ def test_three_hosts_one_is_cut_off_and_comes_back(hosts, environment, cache, tm
     changes = {"engine": "ray", "ray__address": HEAD, "num_actors": 2}
     changes |= {"ray__learner_resources": "learner=1", "ray__actor_resources": "actor=1"}
     line = inside(0, program.command(workdir, **STEPS, **changes, **runs.staleness(1, 2)))
-    driver = subprocess.Popen(line, cwd=program.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with log.open("w") as output:  # a pipe that nobody reads would fill, and hold the driver up
+        driver = subprocess.Popen(line, cwd=program.ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
-        wait("an actor on each host", lambda: working(1) and working(2) and runs.steps_done(workdir) >= 10, driver)
+        wait("an actor on each host", lambda: working(1) and working(2) and runs.steps_done(workdir) >= 10, driver, log)
         before = set(working(2))
         cut = runs.steps_done(workdir)
         ip("-n", "pgrpo-switch", "link", "set", "port2", "down")
-        wait("the node that is cut off to exit", lambda: not before & set(working(2)), driver)
-        wait("the run to go on without it", lambda: runs.steps_done(workdir) >= cut + 5, driver)
+        wait("the node that is cut off to exit", lambda: not before & set(working(2)), driver, log)
+        wait("the run to go on without it", lambda: runs.steps_done(workdir) >= cut + 5, driver, log)
         ip("-n", "pgrpo-switch", "link", "set", "port2", "up")
-        fresh = wait("a fresh actor on it", lambda: working(2), driver)
-        wait("it to work", lambda: any(ticks > fresh.get(pid, ticks) + 20 for pid, ticks in working(2).items()), driver)
-        output, _ = driver.communicate(timeout=program.TIMEOUT_SECS)
+        fresh = wait("a fresh actor on it", lambda: working(2), driver, log)
+        wait("it to work", lambda: any(ticks > fresh.get(pid, ticks) + 20 for pid, ticks in working(2).items()), driver, log)
+        driver.wait(timeout=program.TIMEOUT_SECS)
     finally:
         driver.send_signal(signal.SIGKILL)
+        driver.wait()
         for node in nodes:
             os.killpg(node.pid, signal.SIGKILL)
             node.wait()
-    assert driver.returncode == 0, output
+    assert driver.returncode == 0, log.read_text()
     assert program.summary(workdir)["state_sha256"] == program.summary(reference)["state_sha256"]
