@@ -202,7 +202,8 @@ class Watch:
             ("effective_sample_size", "effective_sample_size", lambda x: _over(t.effective_sample_size, x), t.effective_sample_size),
         ):
             value, streak = metrics.finite(record.get(key)), self._streaks[alarm]
-            if value is not None:
+            stale = alarm == "mismatch" and (metrics.finite(record.get("staleness")) or 0.0) > 0  # then the weights differ, not the arithmetic
+            if value is not None and not stale:
                 streak.append(severity(value))
                 if len(streak) == t.patience:  # it takes as many steps to end as to begin
                     found[alarm] = _Finding(max(streak) if alarm in self._since else min(streak), value, bound)

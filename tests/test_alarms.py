@@ -125,6 +125,14 @@ def test_what_holds_three_steps_in_a_row_is_raised_and_takes_three_to_end(key, v
     assert held == {step: [(alarm, 12)] if 12 <= step <= 17 else [] for step in range(1, 20)}
 
 
+@pytest.mark.parametrize("staleness, found", [(0.0, ["mismatch"]), (0.5, []), (3.0, [])])
+def test_stale_weights_differ_from_the_learners_and_that_is_no_alarm(staleness, found):
+    watch = alarms.Watch()
+    for step in range(1, 9):
+        now = watch.step(flat(step, mismatch__p95=2.0, staleness=staleness))
+    assert [a.key for a in now] == found
+
+
 def test_a_value_that_is_missing_changes_nothing():
     """A null is no evidence: the alarm neither begins nor ends."""
     watch = alarms.Watch()
