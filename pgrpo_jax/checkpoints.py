@@ -41,6 +41,9 @@ class Checkpoints:
         keep: committed steps kept.
         read_only: for readers beside a process that trains: nothing is made or tidied up, and nothing may be saved.
         timeout_secs: longest wait for the slowest process, its writes included.
+
+    Attributes:
+        directory: where the steps live, absolute.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ So everybody takes turns, and meets the same machine.
 import contextlib
 import json
 import pathlib
+import select
 import subprocess
 import sys
 from typing import Any, Iterator, Sequence
@@ -19,8 +20,11 @@ REQUIREMENTS = {
 }
 
 
+ROUND_SECS, INSTALL_SECS = 1800.0, 3600.0
+
+
 class PeerError(RuntimeError):
-    """A peer could not be installed, or ended early."""
+    """A peer could not be installed, ended early, or took too long."""
 
 
 class Peer:
@@ -45,13 +49,15 @@ class Peer:
             What its driver measured, `peak_gib` included.
 
         Raises:
-            PeerError: it ended; its log says why.
+            PeerError: it ended, its log says why; or it has not answered within `ROUND_SECS`.
         """
         try:
             self._process.stdin.write(f"round {seed}\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # the answer, which will not come, says so
+        if not select.select([self._process.stdout], [], [], ROUND_SECS)[0]:
+            raise PeerError(f"{self._name} has not finished round {seed} within {ROUND_SECS:g} s: read {self._log}")
         line = self._process.stdout.readline()
         if not line:
             raise PeerError(f"{self._name} ended with status {self._process.wait()}: read {self._log}")
@@ -86,7 +92,7 @@ def _installed(name: str) -> pathlib.Path:
     if not done.exists() or done.read_text() != wanted:
         print(f"installing {name} into {environment} (once; minutes)", file=sys.stderr)
         for command in ([sys.executable, "-m", "venv", environment], [environment / "bin" / "pip", "install", "--quiet", *REQUIREMENTS[name]]):
-            if subprocess.run(command).returncode:
+            if subprocess.run(command, timeout=INSTALL_SECS).returncode:
                 raise PeerError(f"{name} could not be installed with: {' '.join(map(str, command))}")
         done.write_text(wanted)
     return environment
