@@ -1,17 +1,21 @@
-"""Generation: each prompt is computed once for all its completions, and the whole decode loop runs on the device."""
+"""Generation: each prompt is computed once for all its completions, slots that have ended are refilled, many steps run in one program.
+
+The device's side is decoding.py, the host's slots.py; here they meet.
+"""
 
 import dataclasses
-import functools
 from typing import Any, Sequence
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pgrpo_jax.generation import sampler
-from pgrpo_jax.models import transformer
-from pgrpo_jax.models.transformer import KeyValues, Segment, Transformer
+from pgrpo_jax.generation import decoding, sampler
+from pgrpo_jax.generation.slots import Slots
+from pgrpo_jax.models.transformer import Transformer
+
+_REFILL_SHARE = 32  # the host is asked for new work when one slot in so many has ended
+_FEWEST_COLUMNS = 32  # caches grow by no fewer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +28,7 @@ class GenerationSettings:
         stop_ids: token ids that end a completion.
         pad_id: fills what lies behind the end.
         prompt_buckets: ascending padded prompt lengths, tokens; one compilation each.
+        slots: completions decoded at the same time; 0 = all of a call.
     """
 
     max_new_tokens: int
@@ -31,6 +36,7 @@ class GenerationSettings:
     stop_ids: tuple[int, ...]
     pad_id: int
     prompt_buckets: tuple[int, ...]
+    slots: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +97,7 @@ def generate(
     *,
     completions_per_prompt: int,
     settings: GenerationSettings,
+    limits: np.ndarray | None = None,
 ) -> Completions:
     """Samples completions. A pure function of its arguments: same key, same completions, to the bit.
 
@@ -102,63 +109,112 @@ def generate(
         key: names the random stream; completion n draws from fold_in(key, n).
         completions_per_prompt: G.
         settings: what is generated.
+        limits: [N] int32 in [1, Tc], tokens after which each completion is cut; None: Tc for all.
 
     Returns:
         Completions on the host.
 
     Raises:
         FloatingPointError: a log-prob is not finite, so the parameters are not.
+        ValueError: a limit is out of bounds.
     """
     chex.assert_rank([prompts, lengths], [2, 1])
-    out = _generate(model, params, prompts, lengths, key, completions_per_prompt, settings)
-    tokens, log_probs, stops = jax.device_get(out)
-    if (bad := np.flatnonzero(~np.isfinite(log_probs).all(axis=1))).size:
+    shape = (len(prompts), completions_per_prompt)
+    limits = np.full(shape, settings.max_new_tokens, np.int32) if limits is None else np.asarray(limits, np.int32).reshape(shape)
+    if limits.min() < 1 or limits.max() > settings.max_new_tokens:
+        raise ValueError(
+            f"limits reach from {limits.min()} to {limits.max()} tokens, outside [1, max_new_tokens = {settings.max_new_tokens}]: clip them"
+        )
+    run = _Run(model, params, prompts, lengths, key, limits, settings)
+    while run.advance():
+        pass
+    out = run.completions
+    if (bad := np.flatnonzero(~np.isfinite(out.log_probs).all(axis=1))).size:
         raise FloatingPointError(f"log-probs of completion {bad[0]} are not finite: the weights are damaged, go back to a good checkpoint")
-    truncated = stops < 0
-    lengths = np.where(truncated, settings.max_new_tokens, stops + 1).astype(np.int32)
-    return Completions(tokens=tokens, lengths=lengths, log_probs=log_probs, truncated=truncated)
+    return out
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6))
-def _generate(model, params, prompts, lengths, key, completions_per_prompt, settings):
-    """Returns (tokens [N, Tc], log-probs [N, Tc], index of the stop token [N] or -1)."""
-    c, size = model.config, settings.max_new_tokens
-    rows = prompts.shape[0] * completions_per_prompt
-    prefix = transformer.prefill(model, params, prompts, lengths)
-    first = jnp.repeat(transformer.last_tokens(prompts, lengths), completions_per_prompt)
-    start = jnp.repeat(lengths - 1, completions_per_prompt)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows, dtype=jnp.uint32))
-    empty = jnp.zeros((c.num_layers, rows, size, c.num_kv_heads, c.head_dim), model.dtype)
-    columns = jnp.arange(size, dtype=jnp.int32)[None, :]
+def arrange(num_prompts: int, completions_per_prompt: int, slots: int) -> dict[str, int]:
+    """Returns how many blocks there are, of how many rows, and how many prompts each holds.
 
-    def step(carry):
-        t, token, stopped, cache, tokens, log_probs = carry
-        context = (prefix, Segment(key_values=cache, mask=columns < t))
-        hidden, new = transformer.forward(model, params, token[:, None], (start + t)[:, None], context)
-        logits = transformer.logits(params, hidden)[:, 0, :]
-        uniforms = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t), dtype=logits.dtype))(keys)
-        token, log_prob = sampler.sample(logits, uniforms, settings.support)
-        running = stopped < 0
-        token = jnp.where(running, token, settings.pad_id)
-        log_prob = jnp.where(running, log_prob, 0.0)
-        is_stop = functools.reduce(jnp.logical_or, [token == s for s in settings.stop_ids], jnp.zeros_like(running))
-        stopped = jnp.where(running & is_stop, t, stopped)
-        cache = jax.tree.map(lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, t, axis=2), cache, new)
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], t, axis=1)
-        log_probs = jax.lax.dynamic_update_slice_in_dim(log_probs, log_prob.astype(jnp.float32)[:, None], t, axis=1)
-        return t + 1, token, stopped, cache, tokens, log_probs
+    With a slot for every completion a block answers one prompt to its end. Otherwise it holds two, so that the next prompt's completions begin
+    while the last of the one before are still under way.
+    """
+    if slots == 0 or slots >= num_prompts * completions_per_prompt:
+        return {"blocks": num_prompts, "rows_per_block": completions_per_prompt, "places": 1}
+    rows_per_block = min(completions_per_prompt, slots)
+    return {"blocks": max(1, slots // rows_per_block), "rows_per_block": rows_per_block, "places": 2}
 
-    def unfinished(carry):
-        t, _, stopped, *_ = carry
-        return (t < size) & jnp.any(stopped < 0)
 
-    initial = (
-        jnp.int32(0),
-        first,
-        jnp.full((rows,), -1, jnp.int32),
-        KeyValues(keys=empty, values=empty),
-        jnp.full((rows, size), settings.pad_id, jnp.int32),
-        jnp.zeros((rows, size), jnp.float32),
-    )
-    _, _, stopped, _, tokens, log_probs = jax.lax.while_loop(unfinished, step, initial)
-    return tokens, log_probs, stopped
+class _Run:
+    """One call of `generate`: the host decides, the device decodes in between."""
+
+    def __init__(self, model, params, prompts, lengths, key, limits, settings):
+        self._model, self._settings, self._key = model, settings, key
+        self._arrangement = arrange(*limits.shape, settings.slots)
+        last = np.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
+        self._slots = Slots(lengths, last, limits, **self._arrangement)
+        size, rows = settings.max_new_tokens, len(self._slots.began)
+        self._widths = [width for width in range(_columns(size), size, _columns(size))] + [size]
+        self._step = 0
+        self._weights = decoding.lay_out(model, params)
+        self._prefilled = decoding.prefill(model, self._weights, prompts)
+        self._slots.refill(0)
+        self._prefix = decoding.gather_prompts(self._prefilled, np.maximum(self._slots.table, 0))
+        self._caches = decoding.empty_caches(model, rows, self._widths[0])
+        self._drawn = decoding.Drawn(tokens=np.zeros((rows, size), np.int32), log_probs=np.zeros((rows, size), np.float32))
+        count = limits.size
+        self.completions = Completions(
+            tokens=np.full((count, size), settings.pad_id, np.int32),
+            lengths=np.zeros(count, np.int32),
+            log_probs=np.zeros((count, size), np.float32),
+            truncated=np.zeros(count, bool),
+        )
+
+    def advance(self) -> bool:
+        """Decodes until something is to be decided, and decides it; returns whether anything is still running."""
+        slots, running = self._slots, self._slots.state.running
+        per_block, blocks = slots.smaller()
+        last = self._widths[0] if len(self._widths) > 1 else np.iinfo(np.int32).max
+        fewest = running.sum() - max(1, len(running) // _REFILL_SHARE) if slots.waiting else 0
+        until = decoding.Until(**{
+            name: np.int32(value) for name, value in {"step": last, "running": fewest, "per_block": per_block, "blocks": blocks}.items()
+        })  # fmt: skip
+        self._caches, state, self._drawn, step = decoding.decode(
+            self._model, self._settings, self._arrangement["places"], self._weights, self._prefix, self._caches, slots.state, self._drawn,
+            self._key, np.int32(self._step), until,
+        )  # fmt: skip
+        state, drawn, step = jax.device_get((state, self._drawn, step))
+        self._step = int(step)
+        for row in np.flatnonzero(running & ~state.running):
+            self._finish(row, state, drawn)
+        slots.state = jax.tree.map(np.array, state)
+        self._rearrange()
+        return bool(slots.state.running.any())
+
+    def _finish(self, row: int, state: decoding.SlotState, drawn: decoding.Drawn) -> None:
+        """Writes down the completion of a slot that has ended."""
+        out, n, length = self.completions, state.completions[row], state.ages[row]
+        columns = (self._slots.began[row] + np.arange(length)) % self._settings.max_new_tokens
+        out.tokens[n, :length], out.log_probs[n, :length] = drawn.tokens[row, columns], drawn.log_probs[row, columns]
+        out.lengths[n] = length
+        out.truncated[n] = out.tokens[n, length - 1] not in self._settings.stop_ids
+
+    def _rearrange(self) -> None:
+        """Gives ended slots new work, or makes the batch smaller; makes the caches wider when they are full."""
+        slots = self._slots
+        for block, place, prompt in slots.refill(self._step):
+            self._prefix = decoding.put_prompt(self._prefix, self._prefilled, *map(np.int32, (block, place, prompt)))
+        while slots.state.running.any() and (kept := slots.shrink()) is not None:
+            rows, blocks = kept
+            self._caches, self._drawn = decoding.take_rows((self._caches, self._drawn), rows)
+            if len(blocks) < self._prefix[0][0].shape[0]:
+                self._prefix = decoding.take_rows(self._prefix, blocks)
+        if len(self._widths) > 1 and self._step >= self._widths[0]:
+            self._widths.pop(0)
+            self._caches = decoding.widen(self._caches, self._widths[0])
+
+
+def _columns(size: int) -> int:
+    """By how many columns the caches grow: a quarter of `size`, but never a few only."""
+    return max(_FEWEST_COLUMNS, -(-size // (4 * _FEWEST_COLUMNS)) * _FEWEST_COLUMNS)

@@ -97,16 +97,23 @@ def sample(logits: chex.Array, uniforms: chex.Array, support: Support) -> tuple[
     """
     chex.assert_rank([logits, uniforms], [2, 1])
     rows, vocab = logits.shape
-    kept = restrict(logits, support)
-    normaliser = jax.nn.logsumexp(kept, axis=-1)
-    weights = jnp.exp(kept - normaliser[:, None])
-    width = math.isqrt(vocab)
+    kept = restrict(logits, support)  # the largest is 0: the sum of the weights is at least 1, and at most V
+    weights = jnp.exp(kept)
+    width = _block_width(vocab)
     blocks = jnp.pad(weights, ((0, 0), (0, -vocab % width))).reshape(rows, -1, width)
-    block, rest = _first_above(blocks.sum(axis=-1), uniforms * weights.sum(axis=-1))
+    masses = blocks.sum(axis=-1)
+    total = masses.sum(axis=-1)
+    block, rest = _first_above(masses, uniforms * total)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0, :]
     column, _ = _first_above(inside, rest)
     tokens = block * width + column
-    return tokens, jnp.take_along_axis(kept, tokens[:, None], axis=-1)[:, 0] - normaliser
+    return tokens, jnp.take_along_axis(kept, tokens[:, None], axis=-1)[:, 0] - jnp.log(total)
+
+
+def _block_width(vocab: int) -> int:
+    """About the square root of the vocabulary, a divisor of it where there is one near: then nothing is padded."""
+    root = math.isqrt(vocab)
+    return next((width for width in range(root, 2 * root) if vocab % width == 0), root)
 
 
 def _first_above(weights: chex.Array, targets: chex.Array) -> tuple[chex.Array, chex.Array]:

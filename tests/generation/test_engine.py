@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from pgrpo_jax.generation import engine, sampler
+from pgrpo_jax.generation import decoding, engine, sampler
 from pgrpo_jax.generation.engine import GenerationSettings
 from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.models import families, transformer, weights
@@ -176,13 +176,15 @@ def test_filling_behind_a_prompt_changes_nothing():
     chex.assert_trees_all_equal(vars(ours), vars(other))
 
 
-def program(prompts, length, completions_per_prompt):
-    """The jaxpr of one call of `_generate`."""
-    tokens, lengths = np.zeros((prompts, length), np.int32), np.ones(prompts, np.int32)
-    traced = jax.jit(engine._generate.__wrapped__, static_argnums=(0, 5, 6)).trace(
-        TINY, PARAMS, tokens, lengths, jax.random.key(0), completions_per_prompt, settings()
-    )
-    return traced.jaxpr
+def run_of(prompts, what, *, completions_per_prompt, seed=0, limits=None):
+    """What the engine holds at the beginning of a call, and the arguments of its first `decode`."""
+    padded, lengths = engine.pad_prompts(prompts, buckets=what.prompt_buckets, pad_id=what.pad_id)
+    shape = (len(prompts), completions_per_prompt)
+    limits = np.full(shape, what.max_new_tokens, np.int32) if limits is None else limits
+    run = engine._Run(TINY, PARAMS, padded, lengths, jax.random.key(seed), limits, what)
+    nothing = decoding.Until(step=np.int32(99), running=np.int32(0), per_block=np.int32(0), blocks=np.int32(0))
+    arguments = (run._weights, run._prefix, run._caches, run._slots.state, run._drawn, run._key, np.int32(0), nothing)
+    return run, (TINY, what, run._arrangement["places"], *arguments)
 
 
 def multiplications(jaxpr):
@@ -203,43 +205,100 @@ def multiplications(jaxpr):
 
 
 def test_each_prompt_is_computed_once_and_decoding_is_one_loop_on_the_device():
-    c, (p, length, size) = CONFIG, (3, 7, 6)
-    token = c.width * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads) + 3 * c.width * c.mlp_width
-    prefill = c.num_layers * p * length * (token + 2 * c.num_heads * c.head_dim * length)
+    """The last layer's keys and values need no attention and no MLP: its prompts cost their projections only."""
+    c, (p, length, size) = CONFIG, (3, 5, 6)
+    project, rest = c.width * c.head_dim * (c.num_heads + 2 * c.num_kv_heads), c.width * (c.num_heads * c.head_dim + 3 * c.mlp_width)
     for g in (1, 5):
-        jaxpr = program(p, length, g)
+        run, arguments = run_of(PROMPTS, settings(), completions_per_prompt=g)
+        prefill = decoding.prefill.trace(TINY, run._weights, np.zeros((p, length), np.int32)).jaxpr
+        prefill, _ = jax.interpreters.partial_eval.dce_jaxpr(prefill.jaxpr, [True] * len(prefill.jaxpr.outvars))
+        attention = 2 * c.num_heads * c.head_dim
+        once = (c.num_layers - 1) * p * length * (rest + attention * length) + c.num_layers * p * length * project
+        assert multiplications(prefill) == {"before": once, "loop": 0}
+        jaxpr = decoding.decode.trace(*arguments).jaxpr
         assert [equation.primitive.name for equation in jaxpr.eqns].count("while") == 1
-        step = c.num_layers * p * g * (token + 2 * c.num_heads * c.head_dim * (length + size + 1)) + p * g * c.width * c.vocab_size
-        assert multiplications(jaxpr.jaxpr) == {"before": prefill, "loop": step}
+        step = c.num_layers * p * g * (project + rest + attention * (length + size)) + p * g * c.width * c.vocab_size
+        assert multiplications(jaxpr.jaxpr) == {"before": 0, "loop": step}
 
 
 def test_compiles_once_for_each_bucket():
     what = settings(max_new_tokens=3, prompt_buckets=(4, 9), support=Support(temperature=0.9))
-    before = engine._generate._cache_size()
+    sizes = {name: getattr(decoding, name)._cache_size() for name in ("prefill", "decode")}
     for lengths in ((1, 2), (4, 3), (2, 2), (5, 1), (9, 9), (1, 7), (3, 4)):
         # equal models and settings made anew, other weights and another key: still the same program
         model = transformer.Transformer(families.ModelConfig(**vars(CONFIG)))
         anew = GenerationSettings(**vars(what))
         generate([[1] * n for n in lengths], anew, seed=lengths[0], model=model, params=draw_params(CONFIG, seed=lengths[1]))
-    assert engine._generate._cache_size() - before == 2
+    assert {name: getattr(decoding, name)._cache_size() - size for name, size in sizes.items()} == {"prefill": 2, "decode": 2}
 
 
-def test_stops_decoding_when_every_completion_has_ended(monkeypatch):
-    steps, original = [], sampler.sample
-
-    def counted(logits, uniforms, support):
-        jax.debug.callback(lambda: steps.append(1))
-        return original(logits, uniforms, support)
-
-    monkeypatch.setattr(sampler, "sample", counted)
-    run = jax.jit(engine._generate.__wrapped__, static_argnums=(0, 5, 6))
-    padded, lengths = engine.pad_prompts(PROMPTS, buckets=(5,), pad_id=2)
+def test_stops_decoding_when_every_completion_has_ended():
     for stops, turns in (((), 6), (tuple(range(12)), None)):
-        steps.clear()
-        _, _, ends = run(TINY, PARAMS, padded, lengths, jax.random.key(3), 4, settings(stop_ids=stops))
-        jax.effects_barrier()
-        assert len(steps) == (int(np.max(np.asarray(ends))) + 1 if turns is None else turns)
-    assert 1 < len(steps) < 6 and np.all(np.asarray(ends) >= 0)
+        _, arguments = run_of(PROMPTS, settings(stop_ids=stops), completions_per_prompt=4, seed=3)
+        _, slots, _, step = decoding.decode(*arguments)
+        assert int(step) == (np.max(slots.ages) if turns is None else turns) and not np.any(slots.running)
+    assert 1 < int(step) < 6
+
+
+def alone(prompt, limit, n, *, seed, what):
+    """Completion n decoded by itself: tokens by the uncached forward, one at a time, with the same random numbers."""
+    stream, tokens, scores = jax.random.fold_in(jax.random.key(seed), n), [], []
+    for i in range(limit):
+        row = np.array([[*prompt, *tokens] + [0] * (45 - len(prompt) - i)], np.int32)
+        logits = np.asarray(log_softmax(TINY, PARAMS, row))[:, len(prompt) + i - 1]
+        uniform = jax.random.uniform(jax.random.fold_in(stream, i), (1,), jnp.float32)
+        token, score = jax.jit(sampler.sample, static_argnums=2)(logits, uniform, what.support)
+        tokens.append(int(token[0]))
+        scores.append(float(score[0]))
+        if tokens[-1] in what.stop_ids:
+            break
+    return tokens, scores
+
+
+@pytest.mark.parametrize("slots, completions_per_prompt", [(4, 4), (8, 4), (2, 4), (12, 3), (3, 1), (1, 2), (0, 4)])
+def test_refilled_slots_draw_what_each_completion_draws_alone(slots, completions_per_prompt):
+    """Six prompts of uneven lengths, limits from 1 to 40 tokens, stop tokens: the ring goes round several times."""
+    rng = np.random.default_rng(slots)
+    prompts = [rng.integers(3, 23, length).tolist() for length in (1, 5, 3, 2, 5, 4)]
+    what = settings(max_new_tokens=40, stop_ids=(0,), slots=slots)
+    limits = rng.integers(1, 41, (6, completions_per_prompt)).astype(np.int32)
+    padded, lengths = engine.pad_prompts(prompts, buckets=what.prompt_buckets, pad_id=what.pad_id)
+    out = engine.generate(
+        TINY, PARAMS, padded, lengths, jax.random.key(7), completions_per_prompt=completions_per_prompt, settings=what, limits=limits.reshape(-1)
+    )
+    for n in range(limits.size):
+        tokens, scores = alone(prompts[n // completions_per_prompt], limits.reshape(-1)[n], n, seed=7, what=what)
+        assert out.tokens[n].tolist() == tokens + [2] * (40 - len(tokens)) and out.lengths[n] == len(tokens)
+        np.testing.assert_allclose(out.log_probs[n, : len(tokens)], scores, atol=1e-5)
+        assert out.truncated[n] == (tokens[-1] != 0)
+    assert out.truncated.any() and not out.truncated.all()
+
+
+def test_caches_grow_and_the_batch_shrinks_while_completions_end(monkeypatch):
+    """64 rows in blocks of 16 with limits from 1 to 100: programs of 64, 32 and 16 rows and of 32, 64, 96 and 100 columns, the same completions."""
+    seen, original = [], decoding.decode
+
+    def watched(*arguments):
+        seen.append((len(arguments[6].ages), arguments[5][0][0].shape[-1]))
+        return original(*arguments)
+
+    monkeypatch.setattr(decoding, "decode", watched)
+    what, rng = settings(max_new_tokens=100, stop_ids=()), np.random.default_rng(0)
+    limits = np.sort(rng.integers(1, 101, 64)).astype(np.int32).reshape(4, 16)
+    limits[-1, -1] = 100
+    prompts = [*PROMPTS, [4, 4]]
+    padded, lengths = engine.pad_prompts(prompts, buckets=what.prompt_buckets, pad_id=what.pad_id)
+    out = engine.generate(TINY, PARAMS, padded, lengths, jax.random.key(1), completions_per_prompt=16, settings=what, limits=limits)
+    assert {rows for rows, _ in seen} == {64, 32, 16} and {width for _, width in seen} == {32, 64, 96, 100}
+    np.testing.assert_array_equal(out.lengths, limits.reshape(-1))
+    np.testing.assert_allclose(out.log_probs, uncached(TINY, PARAMS, prompts, out), atol=1e-5)
+
+
+def test_limits_out_of_bounds_are_refused():
+    padded, lengths = engine.pad_prompts(PROMPTS, buckets=(5,), pad_id=2)
+    for limits in ([0, 1, 1], [1, 7, 1]):
+        with pytest.raises(ValueError, match=rf"limits reach from {min(limits)} to {max(limits)} tokens, outside \[1, max_new_tokens = 6\]: clip"):
+            engine.generate(TINY, PARAMS, padded, lengths, jax.random.key(0), completions_per_prompt=1, settings=settings(), limits=np.array(limits))
 
 
 def test_prompts_are_padded_to_the_smallest_bucket_that_holds_them():

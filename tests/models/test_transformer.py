@@ -146,7 +146,7 @@ def test_bfloat16_logits_and_scores_are_summed_in_float32():
     # scores of about 45 that differ by 0.3: bfloat16 is spaced by 0.25 there
     normal = [rng.standard_normal((1, size, 1, 64)) for size in (3, 5, 5)]
     query, keys, values = (jnp.asarray(x, jnp.bfloat16) for x in (2 + np.abs(normal[0]), 2 + 0.1 * normal[1], normal[2]))
-    out = transformer.attend(query, [(keys, values, jnp.ones((1, 1, 5), bool))])
+    out = transformer.attend(query, [(keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2), jnp.ones((1, 1, 5), bool))])
     scores = np.einsum("bthd,bshd->ts", np.asarray(query, np.float64), np.asarray(keys, np.float64)) / 8
     weights_ = np.exp(scores - scores.max(axis=1, keepdims=True))
     weights_ /= weights_.sum(axis=1, keepdims=True)
@@ -157,9 +157,11 @@ def test_bfloat16_logits_and_scores_are_summed_in_float32():
 def test_rotation_depends_on_the_distance_only_and_keeps_lengths():
     rng = np.random.default_rng(3)
     q, k = (jnp.asarray(rng.standard_normal((1, 1, 1, 6)), jnp.float32) for _ in range(2))
+    config = families.ModelConfig(**{**TINY, "head_dim": 6, "rope_theta": 100.0})
 
     def turned(x, position):
-        return np.asarray(transformer.rotate(x, jnp.full((1, 1), position, jnp.int32), theta=100.0))[0, 0, 0]
+        angles = transformer.rotation(jnp.full((1, 1), position, jnp.int32), config, jnp.float32)
+        return np.asarray(transformer.rotate(x, angles))[0, 0, 0]
 
     np.testing.assert_array_equal(turned(q, 0), q[0, 0, 0])
     np.testing.assert_allclose(turned(q, 7) @ turned(k, 3), turned(q, 24) @ turned(k, 20), rtol=1e-4)
@@ -168,25 +170,28 @@ def test_rotation_depends_on_the_distance_only_and_keeps_lengths():
 
 
 def test_attention_over_parts_is_one_softmax_over_their_union():
-    """Parts of 2 and 6 rows under a batch of 6, each with its own mask, one of them masked altogether for one row."""
+    """Parts of 2 and 6 rows under a batch of 6, each with its own mask, once for each row of the batch; some rows masked altogether."""
     rng = np.random.default_rng(4)
     batch, length, heads, kv_heads, size = 6, 2, 6, 3, 4
     query = rng.standard_normal((batch, length, heads, size))
-    shapes = [(2, 5), (6, 3), (6, 2)]
+    shapes = [(2, 5), (6, 3), (2, 4), (6, 2)]
     parts = [(rng.standard_normal((b, s, kv_heads, size)), rng.standard_normal((b, s, kv_heads, size))) for b, s in shapes]
-    masks = [rng.random((2, 1, 5)) < 0.6, rng.random((6, 1, 3)) < 0.6, np.tril(np.ones((2, 2), bool))[None]]
-    masks[0][0], masks[1][1] = False, False
+    masks = [rng.random((2, 1, 5)) < 0.6, rng.random((6, 1, 3)) < 0.6, rng.random((6, 1, 4)) < 0.6, np.tril(np.ones((2, 2), bool))[None]]
+    masks[0][0], masks[1][1], masks[2][4] = False, False, False
     out = transformer.attend(
         jnp.asarray(query, jnp.float32),
-        [(jnp.asarray(k, jnp.float32), jnp.asarray(v, jnp.float32), jnp.asarray(m)) for (k, v), m in zip(parts, masks)],
+        [
+            (jnp.asarray(k.transpose(0, 2, 3, 1), jnp.float32), jnp.asarray(v.swapaxes(1, 2), jnp.float32), jnp.asarray(m))
+            for (k, v), m in zip(parts, masks)
+        ],
     )
     for b in range(batch):
         for t in range(length):
             for h in range(heads):
                 scored = []
                 for (keys, values), mask in zip(parts, masks):
-                    row, allowed = b // (batch // len(keys)), np.broadcast_to(mask, (len(keys), length, keys.shape[1]))
-                    for s in np.flatnonzero(allowed[row, t]):
+                    row, allowed = b // (batch // len(keys)), np.broadcast_to(mask[:, 0] if mask.shape[1] == 1 else mask[:, t], (len(mask), keys.shape[1]))
+                    for s in np.flatnonzero(allowed[b * len(mask) // batch]):
                         scored.append((np.exp(query[b, t, h] @ keys[row, s, h // 2] / 2.0), values[row, s, h // 2]))
                 expected = sum(w * v for w, v in scored) / sum(w for w, _ in scored)
                 np.testing.assert_allclose(out[b, t, h], expected, atol=1e-5)
