@@ -51,10 +51,16 @@ def plain_write(state: Any, path: pathlib.Path) -> None:
 
 
 def make_state(config: ModelConfig) -> TrainState:
-    """Returns a training state of random weights."""
-    model = transformer.Transformer(config)
+    """Returns a training state whose weights and moments are all random: what they are before the first update compresses to nothing."""
+    model, rng = transformer.Transformer(config), np.random.default_rng(0)
     mesh = parallel.make_mesh(jax.devices()[:1])
-    return initial_state(transformer.initialise(model, jax.random.key(0)), reward_history.init(1, np.float32), OPTIMISER, mesh)
+    state = initial_state(transformer.initialise(model, jax.random.key(0)), reward_history.init(1, np.float32), OPTIMISER, mesh)
+
+    def drawn(leaf: jax.Array) -> jax.Array:
+        return jax.device_put(rng.standard_normal(leaf.shape, leaf.dtype), leaf.sharding) if leaf.ndim else leaf
+
+    trainable, optimiser = jax.tree.map(drawn, (state.trainable, state.optimiser))
+    return state.replace(trainable=trainable, optimiser=optimiser)
 
 
 def measure(rounds: int, config: ModelConfig = model_config(Job())) -> dict[str, list[float]]:
@@ -81,7 +87,7 @@ def measure(rounds: int, config: ModelConfig = model_config(Job())) -> dict[str,
 
 
 def one_round(state: TrainState, checkpoints: Checkpoints, plain: pathlib.Path, size: int) -> dict[str, float]:
-    """Writes a state plainly, saves it and restores it; `size` are its bytes."""
+    """Writes a state plainly, saves it and restores it; `size` are its bytes. What is restored counts as memory of the restore, once the state."""
     plain_secs = secs(lambda: plain_write(state, plain))
     plain.unlink()
     memory = Memory()
