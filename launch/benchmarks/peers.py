@@ -28,6 +28,7 @@ REQUIREMENTS = {
 }
 ROUND_SECS, INSTALL_SECS = 1800.0, 3600.0
 _REASON_CHARS = 200
+_SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # of an accelerator: the first contestant would take most of its memory
 
 
 class PeerError(RuntimeError):
@@ -81,7 +82,7 @@ class Contestant:
     def _started(self) -> subprocess.Popen:
         with self._log.open("w") as log:
             return subprocess.Popen(
-                self._line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **self._variables}
+                self._line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env={**_SHARED, **os.environ, **self._variables}
             )
 
     def _last_words(self) -> str:
