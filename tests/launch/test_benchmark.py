@@ -1,9 +1,11 @@
 """The benchmark's own parts: what is refused, that a ceiling does the matmuls it stands for, how contestants take turns, what is kept."""
 
 import dataclasses
+import importlib.util
 import json
 import sys
 import time
+import types
 import zlib
 
 import jax
@@ -208,6 +210,39 @@ def test_drivers_know_the_job_and_the_model(driver):
         "max_position_embeddings": config.context_length,
     }  # fmt: skip
     assert theirs == ours and config.num_layers == 4 and Job().layers == 30
+
+
+@pytest.fixture
+def transformers_driver(monkeypatch):
+    """The driver's own functions; torch and transformers, which are not of this environment, are stood in for."""
+    stand_ins = types.SimpleNamespace(LlamaConfig=None, LlamaForCausalLM=None, StoppingCriteria=object, StoppingCriteriaList=list)
+    torch = types.SimpleNamespace(Tensor=np.ndarray, ones_like=np.ones_like)
+    for name, module in (("torch", torch), ("transformers", stand_ins), ("protocol", types.SimpleNamespace())):
+        monkeypatch.setitem(sys.modules, name, module)
+    spec = importlib.util.spec_from_file_location("transformers_driver", program.ROOT / "launch" / "peers" / "transformers_driver.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_sequence_of_transformers_stops_at_its_own_length(transformers_driver):
+    flags = []
+
+    class Model:
+        def generate(self, *, input_ids, max_new_tokens, stopping_criteria, **_):
+            (criterion,) = stopping_criteria
+            for _ in range(max_new_tokens):
+                input_ids = np.concatenate([input_ids, input_ids[:, :1]], axis=1)
+                flags.append(criterion(input_ids, None).tolist())
+                if all(flags[-1]):
+                    break
+            return input_ids
+
+    transformers_driver.generate(Model(), np.zeros((3, 5), np.int64), np.array([2, 1, 3]))
+    assert flags == [[False, True, False], [True, True, False], [True, True, True]]
+    Model.generate = lambda self, *, input_ids, **_: input_ids
+    with pytest.raises(ValueError, match=r"generated \(3, 5\): not the tokens"):
+        transformers_driver.generate(Model(), np.zeros((3, 5), np.int64), np.array([2, 1, 3]))
 
 
 def test_speed_is_a_multiple_of_the_others():
