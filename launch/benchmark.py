@@ -1,65 +1,109 @@
 """Measures speed as a ratio to a ceiling or a peer of the same run.
 
-    python launch/benchmark.py NAME [--rounds=N] [--against=PEER,PEER] [--json=FILE]
+    python launch/benchmark.py NAME [--rounds=N] [--against=PEER,PEER] [--results=FILE] [--num_prompts=P …]
 
-    generation    tokens per second of sampling, against the model's bare matmuls and cache reads; peers: transformers, trl
-    update        seconds of an update with reference log-probs, against the bare matmuls that it needs; peers: trl
+    generation    tokens per second of sampling, against the model's bare matmuls and cache reads; peers: transformers, trl, tunix
+                  --ragged: completions of 8 to 128 tokens by forced stop, useful tokens per second; peers: transformers
+    update        seconds of an update with reference log-probs, against the bare matmuls that it needs; peers: trl, tunix
+    step          seconds of a whole step, cold start with an empty and with a warm compilation cache; peers: trl, tunix
+    advantages    microseconds of the learner's advantage kernel, against a loop in NumPy and a copy of the same bytes
+    checkpoint    saving and restoring the state, against a plain write of the same bytes; memory it takes
     weights       publish → usable by an actor in another process, 1 GB, against one plain copy into fresh memory; with and without checksums
     overlap       steps per second at staleness (1, 2) against (1, 1), generation and update held up equally long
     actors        units per second of 1, 2, 4 and 8 actors whose generation takes a fixed time
 
-Prints a table (median, least, greatest) and one JSON line. Nothing else should run meanwhile. The first two are of SmolLM2-135M's shape with random
-weights, float32: 8 prompts of 64 tokens, 8 completions of 64 tokens each. Peers are installed into .peers/ at their first use (torch: minutes, 1 GB).
+Prints a table (median, least, greatest); --results appends one JSON line with every round, the machine and the commit. Nothing else should run
+meanwhile. The first three are of SmolLM2-135M's shape with random weights, float32: 8 prompts of 64 tokens, 8 completions of 64 tokens each.
+Each contestant is a process of its own; one that ends (out of memory, say) is reported as such, and the others go on. Peers are installed
+into .peers/ at their first use (torch: minutes, 1 GB).
 """
 
 import argparse
 import json
 import pathlib
-import statistics
 import sys
-from typing import Mapping, Sequence
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from launch.benchmarks import generation, pipeline, update, weights  # noqa: E402
+from launch.benchmarks import advantages, checkpoint, contests, pipeline, results, weights  # noqa: E402
+from launch.benchmarks.contests import Found  # noqa: E402
 from launch.benchmarks.peers import PeerError  # noqa: E402
+from launch.peers import job as jobs  # noqa: E402
 
-BENCHMARKS = {
-    "generation": generation.measure, "update": update.measure,
-    "weights": weights.measure, "overlap": pipeline.measure_overlap, "actors": pipeline.measure_actors,
+CONTESTS = ("generation", "update", "step")
+ALONE = {
+    "advantages": advantages.measure, "checkpoint": checkpoint.measure, "weights": weights.measure, "overlap": pipeline.measure_overlap,
+    "actors": pipeline.measure_actors,
 }  # fmt: skip
-PEERS = {"generation": ("transformers", "trl"), "update": ("trl",)}  # who can be measured against
 
 
-def summarise(rows: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    """Returns {quantity: median, min, max} of repeated measurements."""
-    return {name: {"median": statistics.median(xs), "min": min(xs), "max": max(xs), "n": len(xs)} for name, xs in rows.items()}
+def parsed() -> tuple[argparse.Namespace, jobs.Job | None, list[str]]:
+    """Returns the command line, the job where the benchmark has one, and the peers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", choices=(*CONTESTS, *ALONE))
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each quantity")
+    parser.add_argument("--against", default="", help="peers, with commas between")
+    parser.add_argument("--results", type=pathlib.Path, help="file that a JSON line is appended to")
+    jobs.add_options(parser)
+    arguments = parser.parse_args()
+    against = [name for name in arguments.against.split(",") if name]
+    try:
+        job = jobs.of_options(arguments)
+        check(arguments, job, against)
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments, job if arguments.benchmark in CONTESTS else None, against
+
+
+def check(arguments: argparse.Namespace, job: jobs.Job, against: list[str]) -> None:
+    """Refuses what cannot be measured.
+
+    Raises:
+        ValueError: says what.
+    """
+    name = arguments.benchmark
+    if arguments.rounds < 1:
+        raise ValueError(f"--rounds={arguments.rounds} is below 1: give 1 or more")
+    if arguments.results and not arguments.results.parent.is_dir():
+        raise ValueError(f"--results={arguments.results}: there is no folder {arguments.results.parent}: make it")
+    if name not in CONTESTS and job != jobs.Job():
+        raise ValueError(f"{name} has a size of its own: leave the sizes of a job out, they are for {', '.join(CONTESTS)}")
+    if job.ragged and name != "generation":
+        raise ValueError(f"--ragged: {name} has no ragged form: leave it out, or measure generation")
+    contest = contests.find(name, ragged=job.ragged) if name in CONTESTS else None
+    known = contest.peers if contest else ()
+    if unknown := [peer for peer in against if peer not in known]:
+        raise ValueError(f"--against={unknown[0]}: {name} knows {', '.join(known) or 'no peers'}")
+    if contest and not (contest.ours or against):
+        raise ValueError(f"--against is empty, and of ours nobody takes part: give one of {', '.join(known)}")
+
+
+def show(found: Found, summary: dict[str, Any]) -> None:
+    """Prints a table."""
+    for name, row in summary.items():
+        print(f"{name:60} {row['median']:10.3f}   [{row['min']:.3f}, {row['max']:.3f}]   n = {len(row['rounds'])}")
+    for reason in found.ended.values():
+        print(reason)
 
 
 def main() -> None:
     """Runs one benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=BENCHMARKS)
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each quantity")
-    parser.add_argument("--against", default="", help="peers, with commas between")
-    parser.add_argument("--json", type=pathlib.Path, help="file that the JSON line is appended to")
-    arguments = parser.parse_args()
-    if arguments.rounds < 1:
-        parser.error(f"--rounds={arguments.rounds} is below 1")
-    against, known = [name for name in arguments.against.split(",") if name], PEERS.get(arguments.benchmark, ())
-    if unknown := [name for name in against if name not in known]:
-        parser.error(f"--against={unknown[0]}: {arguments.benchmark} knows {', '.join(known) or 'no peers'}")
+    arguments, job, against = parsed()
     try:
-        found = summarise(BENCHMARKS[arguments.benchmark](arguments.rounds, **({"against": against} if against else {})))
+        if job:
+            found = contests.hold(contests.find(arguments.benchmark, ragged=job.ragged), job, rounds=arguments.rounds, against=against)
+        else:
+            found = Found(ALONE[arguments.benchmark](arguments.rounds))
     except PeerError as error:
         sys.exit(f"error: {error}")
-    for name, row in found.items():
-        print(f"{name:48} {row['median']:10.3f}   [{row['min']:.3f}, {row['max']:.3f}]   n = {row['n']}")
-    line = json.dumps({"benchmark": arguments.benchmark, "results": found})
-    print(line)
-    if arguments.json:
-        with arguments.json.open("a") as file:
-            file.write(line + "\n")
+    row = results.row(arguments.benchmark, found, job=job, against=against)
+    show(found, row["results"])
+    if arguments.results:
+        with arguments.results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    if "pgrpo_jax" in found.ended:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

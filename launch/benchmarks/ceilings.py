@@ -10,7 +10,7 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
-from launch.benchmarks.work import Job
+from launch.peers.job import Job
 from pgrpo_jax.models.families import ModelConfig
 
 

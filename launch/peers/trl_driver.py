@@ -18,15 +18,15 @@ import transformers  # noqa: E402
 import trl  # noqa: E402
 from tokenizers import models, pre_tokenizers, Tokenizer  # noqa: E402
 
-SEQUENCES = protocol.NUM_PROMPTS * protocol.COMPLETIONS_PER_PROMPT
-MICRO = 16  # sequences of a forward and backward pass
+_, JOB = protocol.asked()  # a step does it all, whatever the benchmark
+MICRO = JOB.prompts_per_slice * JOB.completions_per_prompt  # sequences of a forward and backward pass
 MAX_STEPS = 1000
 _SPECIAL = ("<pad>", "<eos>", "<unk>")  # TRL takes prompts as text: token n is the word "tn"
 
 
 def tokenizer() -> Any:
     """A tokenizer of one word a token."""
-    words = {_SPECIAL[i] if i < len(_SPECIAL) else f"t{i}": i for i in range(protocol.SHAPE["vocab_size"])}
+    words = {_SPECIAL[i] if i < len(_SPECIAL) else f"t{i}": i for i in range(protocol.shape(JOB)["vocab_size"])}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
@@ -55,11 +55,11 @@ class Turns(transformers.TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Answers."""
         step = time.perf_counter() - self._start
-        if self.new_tokens != SEQUENCES * protocol.NEW_TOKENS:
+        if self.new_tokens != JOB.num_sequences * JOB.new_tokens:
             raise ValueError(f"generated {self.new_tokens} tokens: not those that were asked for")
         protocol.answer(
             generation_tokens_per_sec=self.new_tokens / self.secs["generation"], step_secs=step,
-            learner_secs=step - self.secs["generation"] - self.secs["reward"],
+            step_tokens_per_sec=self.new_tokens / step, learner_secs=step - self.secs["generation"] - self.secs["reward"],
         )  # fmt: skip
 
 
@@ -82,15 +82,15 @@ def main() -> None:
     """Trains, a step a round."""
     directory = pathlib.Path(tempfile.mkdtemp())
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**protocol.SHAPE, bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    config = transformers.LlamaConfig(**protocol.shape(JOB), bos_token_id=None, eos_token_id=1, pad_token_id=0)
     transformers.LlamaForCausalLM(config).float().save_pretrained(directory / "model")
-    rows = [" ".join(f"t{token}" for token in row) for seed in range(8) for row in protocol.prompts(seed)] * (MAX_STEPS // 8)
+    rows = [" ".join(f"t{token}" for token in row) for seed in range(8) for row in JOB.prompts(seed)] * (MAX_STEPS // 8)
     arguments = trl.GRPOConfig(
         output_dir=str(directory / "out"), use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, per_device_train_batch_size=MICRO,
-        gradient_accumulation_steps=SEQUENCES // MICRO, num_generations=protocol.COMPLETIONS_PER_PROMPT, max_completion_length=protocol.NEW_TOKENS,
+        gradient_accumulation_steps=JOB.num_sequences // MICRO, num_generations=JOB.completions_per_prompt, max_completion_length=JOB.new_tokens,
         beta=0.04, temperature=1.0, top_k=0, top_p=1.0, learning_rate=1e-6, lr_scheduler_type="constant", max_steps=MAX_STEPS, loss_type="grpo",
         report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, model_init_kwargs={"dtype": "float32"}, shuffle_dataset=False,
-        dataloader_pin_memory=False, generation_kwargs={"min_new_tokens": protocol.NEW_TOKENS},
+        dataloader_pin_memory=False, generation_kwargs={"min_new_tokens": JOB.new_tokens},
     )  # fmt: skip
     turns = Turns()
     trainer = trl.GRPOTrainer(

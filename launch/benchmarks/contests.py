@@ -1,0 +1,128 @@
+"""Whom we are measured against at what, and the turn-taking itself."""
+
+import contextlib
+import dataclasses
+import pathlib
+import tempfile
+from typing import Any, Mapping, Sequence
+
+from launch.benchmarks import peers
+from launch.benchmarks.timing import in_turn, ratios
+from launch.peers.job import Job
+
+
+@dataclasses.dataclass(frozen=True)
+class Contest:
+    """One thing that contestants are timed at.
+
+    Attributes:
+        benchmark: what their drivers are told.
+        measures: name in a driver's answer -> unit; the first one decides the ratios.
+        more_is_better: whether the first one is a rate, not seconds.
+        ours: contestants that always take part.
+        peers: those that may be asked for.
+        cold_starts: whether those of `CACHED` also start with an empty compilation cache.
+    """
+
+    benchmark: str
+    measures: dict[str, str]
+    more_is_better: bool
+    ours: tuple[str, ...]
+    peers: tuple[str, ...]
+    cold_starts: bool = False
+
+
+CACHED = ("pgrpo_jax", "tunix")  # those who keep what JAX compiled
+CONTESTS = {
+    "generation": Contest("generation", {"generation_tokens_per_sec": "tokens/s"}, True, peers.OWN, ("transformers", "trl", "tunix")),
+    # pgrpo_jax joins here once the engine takes limits: see `generation.ours`.
+    "ragged generation": Contest("generation", {"generation_tokens_per_sec": "tokens/s"}, True, (), ("transformers",)),
+    "update": Contest("update", {"learner_secs": "s"}, False, peers.OWN, ("trl", "tunix")),
+    "step": Contest("step", {"step_secs": "s", "step_tokens_per_sec": "tokens/s"}, False, peers.OWN, ("trl", "tunix"), cold_starts=True),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a benchmark found.
+
+    Attributes:
+        quantities: name -> measurements, round by round.
+        ended: contestant that ended before the last round -> why.
+    """
+
+    quantities: dict[str, list[float]]
+    ended: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def find(name: str, *, ragged: bool) -> Contest:
+    """Returns the contest of a benchmark."""
+    return CONTESTS[f"ragged {name}" if ragged else name]
+
+
+def hold(contest: Contest, job: Job, *, rounds: int, against: Sequence[str]) -> Found:
+    """Returns what everybody's driver measured, our speed as a multiple of each other's, memory and cold starts.
+
+    Args:
+        contest: what is done.
+        job: its size.
+        rounds: that count.
+        against: peers that take part.
+
+    Raises:
+        PeerError: a peer could not be installed.
+    """
+    names, arguments = [*contest.ours, *against], [contest.benchmark, *job.options()]
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as running:
+        caches = {name: _caching(pathlib.Path(directory) / name) for name in names if contest.cold_starts and name in CACHED}
+        empty, lost = _cold_starts(caches, arguments)
+        contestants = {
+            name: running.enter_context(peers.started([name], arguments, caches.get(name, {})))[name] for name in names if name not in lost
+        }
+        answers, ended = in_turn(rounds, {name: contestant.round for name, contestant in contestants.items()})
+    quantities = measured(contest, answers)
+    quantities |= {f"{name}, peak memory, GiB": [contestant.peak_gib] for name, contestant in contestants.items() if contestant.peak_gib}
+    quantities |= {f"{name}, cold start with an empty compilation cache, s": [secs] for name, secs in empty.items()}
+    for name, contestant in contestants.items():
+        if contestant.cold_start_secs:
+            kind = "cold start with a warm compilation cache" if name in empty else "cold start"
+            quantities[f"{name}, {kind}, s"] = [contestant.cold_start_secs]
+    return Found(quantities, lost | ended)
+
+
+def measured(contest: Contest, answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[float]]:
+    """Returns what was measured of everybody, and our speed as a multiple of each other's, round by round.
+
+    Args:
+        contest: what was done.
+        answers: of each contestant, round by round; none where it ended before the first round.
+    """
+    found = {}
+    for measure, unit in contest.measures.items():
+        found |= {f"{name}, {unit}": [answer[measure] for answer in rounds] for name, rounds in answers.items() if rounds}
+    first = next(iter(contest.measures))
+    values = {name: [answer[first] for answer in rounds] for name, rounds in answers.items() if rounds}
+    if ours := values.pop("pgrpo_jax", None):
+        for name, theirs in values.items():
+            found[f"pgrpo_jax / {name}, speed"] = ratios(ours, theirs) if contest.more_is_better else ratios(theirs, ours)
+    return found
+
+
+def _caching(directory: pathlib.Path) -> dict[str, str]:
+    """The environment of a process that keeps all that JAX compiles."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(directory), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }  # fmt: skip
+
+
+def _cold_starts(caches: Mapping[str, Mapping[str, str]], arguments: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
+    """Lets each fill its cache, in a process of its own: ({name: seconds of its cold start}, {name of who ended: why})."""
+    secs: dict[str, float] = {}
+    ended: dict[str, str] = {}
+    for name, variables in caches.items():
+        with peers.started([name], arguments, variables) as alone:
+            ended |= in_turn(0, {name: alone[name].round})[1]
+            if name not in ended:
+                secs[name] = alone[name].cold_start_secs
+    return secs, ended
