@@ -17,7 +17,7 @@ TEXTS = CODE + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "docs").r
 FLOORS = (
     {"structs", "algorithms"},
     {"models", "generation", "tasks", "parallel", "batching", "preemption", "rollout_files", "exchange", "schedule", "verifiers"}
-    | {"digests", "weight_versions", "batch_metrics", "curation", "laboratory", "contributions", "batch_files"},
+    | {"digests", "weight_versions", "batch_metrics", "curation", "laboratory", "contributions", "batch_files", "compile_cache"},
     {"controller", "checkpoints", "update", "parameter_server", "gradient_shares", "kl_control", "train_state"},
     {"actor", "learner"},
     {"engines"},
