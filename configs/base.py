@@ -154,6 +154,9 @@ KEYS = {
     "checkpoint.save_every": Key(5, "free", "updates"),
     "checkpoint.keep": Key(2, "free", "committed steps kept"),
     "checkpoint.must_save_by": Key(0.0, "free", "seconds after the start of the program at which the run saves and exits 75; 0 = never"),
+    "compile_cache": Key(
+        "compile_cache", "free", "where JAX keeps what it compiled, so that a restart need not: relative to the workdir, absolute or a bucket; '' = off"
+    ),
     "evaluation.num_prompts": Key(64, "free", "held-out prompts, one for each test user; at most as many as there are"),
     "evaluation.completions_per_prompt": Key(4, "free", "answers sampled for each"),
     "evaluation.prompts_per_work": Key(16, "free", "prompts in one unit of evaluation; divides evaluation.num_prompts"),

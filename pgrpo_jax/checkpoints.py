@@ -1,10 +1,11 @@
 """Checkpoints: one atomic Orbax step holds the whole `TrainState`, the run's identity and which weight versions later steps need."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import jax
 import numpy as np
@@ -12,8 +13,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from pgrpo_jax import parallel
-from pgrpo_jax.digests import add, in_path_order, state_sha256
+from pgrpo_jax.digests import add, held_sha256, in_path_order, state_sha256
 from pgrpo_jax.exchange import Exchange
+from pgrpo_jax.late_record import LateRecordSave
 from pgrpo_jax.structs import TrainState
 from pgrpo_jax.weight_versions import WeightVersions
 
@@ -107,10 +109,7 @@ class Checkpoints:
         with self._deadline(f"save step {step}"):
             if step != (newest := self._manager.latest_step()):
                 hashed = self._versions.digests(versions)
-                digests = {"state": state_sha256(state)} | {f"weights_{v}": sha256 for v, sha256 in hashed.items()}
-                self._agree(step, digests)
-                record = {"identity": self._identity, "versions": sorted(versions), "sha256": digests}
-                trees = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
+                trees = {"state": ocp.args.StandardSave(state), "record": LateRecordSave(self._promised(step, state, hashed))}
                 accepted = newest is None or newest < step
                 if accepted:
                     self._manager.wait_until_finished()  # then it is known what committed steps refer to
@@ -123,6 +122,15 @@ class Checkpoints:
             if wait:
                 self._manager.wait_until_finished()
                 self._tidy()
+
+    def _promised(self, step: int, state: TrainState, hashed: Mapping[int, str]) -> Callable[[], dict[str, Any]]:
+        """What returns the record of a step. One process alone computes the state's digest while the step is written; several compare it first."""
+        alone = self._exchange.num_processes == 1
+        of_state = held_sha256(state) if alone else functools.partial(str, state_sha256(state))
+        of_versions = {f"weights_{v}": sha256 for v, sha256 in hashed.items()}
+        if not alone:
+            self._agree(step, {"state": of_state()} | of_versions)
+        return lambda: {"identity": self._identity, "versions": sorted(hashed), "sha256": {"state": of_state()} | of_versions}
 
     def _missing(self, step: int, wanted: Mapping[int, str]) -> list[int]:
         """Versions among `wanted` ({version: digest}) that are to be written for a step; process 0 looks, and deletes what is of no use."""

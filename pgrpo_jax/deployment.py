@@ -11,7 +11,7 @@ from typing import Any, Mapping, Sequence, TextIO
 import jax
 from etils import epath
 
-from pgrpo_jax import assembly, parallel, placement, preemption
+from pgrpo_jax import assembly, compile_cache, parallel, placement, preemption
 from pgrpo_jax.actor import Actor
 from pgrpo_jax.checkpoints import Checkpoints
 from pgrpo_jax.engines import Engine
@@ -190,21 +190,23 @@ def _ray(wanted: _Wanted) -> Deployment:
         verify=config.weights.checksums,
     )
     server = ParameterServer(ray_cluster.RayBlobStore(), keep=placement.versions_kept(config))
-    engine = ray_engine.RayEngine(functools.partial(build_actor, config), actor_settings, server, stop)
+    engine = ray_engine.RayEngine(functools.partial(build_actor, config, wanted.workdir), actor_settings, server, stop)
     resources.callback(engine.close)
     return Deployment(gang, engine, task, _records(wanted, wanted.workdir), stop)
 
 
 def build_learner(config: Any, identity: Mapping[str, Any], workdir: epath.Path) -> Learner:
     """Makes the learner in a member of the gang; its checkpoints close with it."""
+    compile_cache.use(config.compile_cache, workdir=workdir)
     task = assembly.load_task(config)
     placement.check_devices(config, num_devices=len(jax.devices()))
     base = assembly.load_base(config, task)
     return assembly.make_learner(config, base, _checkpoints(config, identity, base, workdir))
 
 
-def build_actor(config: Any) -> tuple[Actor, Any]:
+def build_actor(config: Any, workdir: epath.Path) -> tuple[Actor, Any]:
     """Makes the actor in an actor process; returns it and what its weights look like there. Its rewards end with the process."""
+    compile_cache.use(config.compile_cache, workdir=workdir)
     task = assembly.load_task(config)
     base = assembly.load_base(config, task, parameters=False)
     actor = assembly.make_actor(config, base, task, assembly.make_rewards(config))

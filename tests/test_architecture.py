@@ -17,7 +17,7 @@ TEXTS = CODE + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "docs").r
 FLOORS = (
     {"structs", "algorithms"},
     {"models", "generation", "tasks", "parallel", "batching", "preemption", "rollout_files", "exchange", "schedule", "verifiers"}
-    | {"digests", "weight_versions", "batch_metrics", "curation", "laboratory", "contributions", "batch_files"},
+    | {"digests", "weight_versions", "batch_metrics", "curation", "laboratory", "contributions", "batch_files", "compile_cache", "late_record"},
     {"controller", "checkpoints", "update", "parameter_server", "gradient_shares", "kl_control", "train_state"},
     {"actor", "learner"},
     {"engines"},
@@ -57,7 +57,7 @@ SAME_FLOOR = {
 ANYWHERE = {"jax", "numpy", "chex", "etils", "absl", "pgrpo_jax"}
 FLOOR_0_LIBRARIES = {"jax", "numpy", "chex", "pgrpo_jax", "dataclasses", "typing", "math", "functools"}
 OWNERS = {
-    "orbax": {"checkpoints", "exchange", "weight_versions"},
+    "orbax": {"checkpoints", "exchange", "weight_versions", "late_record"},
     "optax": {"update"},
     "xxhash": {"parameter_server"},
     "ray": {"engines"},

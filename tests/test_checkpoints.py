@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pgrpo_jax import checkpoints as checkpoint_module
 from pgrpo_jax import parallel, weight_versions
 from pgrpo_jax.checkpoints import CheckpointError, Checkpoints, state_sha256
+from pgrpo_jax.digests import held_sha256
 from pgrpo_jax.schedule import Schedule
 from pgrpo_jax.structs import RewardHistory, TrainState
 
@@ -122,6 +124,18 @@ def test_the_digest_does_not_depend_on_where_the_state_lives():
     assert expected != state_sha256(state(4))
     upside_down = dict(reversed(LEAVES.items()))
     assert state_sha256(upside_down) == state_sha256(LEAVES)
+
+
+@pytest.mark.parametrize("axis", [None, "data"])
+def test_the_digest_of_what_is_held_outlives_the_state(axis):
+    """On one device and cut over eight: computed after updates in place, it is that of the state before them."""
+    sharding = jax.sharding.NamedSharding(parallel.make_mesh(jax.devices()), jax.sharding.PartitionSpec(axis))
+    running = {"a": jax.device_put(np.arange(4096.0, dtype=np.float32).reshape(64, 64), sharding), "b": jnp.float32(3)}
+    expected, compute = state_sha256(jax.tree.map(lambda x: np.array(x), running)), held_sha256(running)
+    for _ in range(5):
+        running = train(running)
+    jax.block_until_ready(running)
+    assert compute() == expected != state_sha256(running)
 
 
 # --- round trips
@@ -311,6 +325,23 @@ def test_the_old_step_is_deleted_only_after_the_new_one_is_committed(tmp_path, o
     for names in seen:
         assert names & {"1", "2", "3", "4"}, f"no committed step among {sorted(names)}"
     assert set(os.listdir(tmp_path)) == {"4"}
+
+
+def test_a_record_that_can_not_be_made_commits_nothing(tmp_path, opened, monkeypatch):
+    """The digest is computed while the arrays are written: without it there is no step."""
+    checkpoints = opened(tmp_path)
+    checkpoints.save(small(1), {}, wait=True)
+
+    def fail():
+        raise OSError("planted")
+
+    monkeypatch.setattr(checkpoint_module, "held_sha256", lambda state: fail)
+    with pytest.raises(OSError, match="planted"):
+        checkpoints.save(small(2), {}, wait=True)
+    monkeypatch.undo()
+    again = opened(tmp_path)
+    assert again.latest_step() == 1 and not (tmp_path / "2").exists()
+    assert_same(again.restore(small(0))[0], small(1))
 
 
 KILLS = {"2*": ["1"], "versions/1.*": [], "versions/1": ["1"]}  # when: which versions are committed

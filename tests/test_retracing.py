@@ -1,0 +1,81 @@
+"""Ragged data compiles nothing new: after the first step of each prompt bucket no program is compiled again."""
+
+import dataclasses
+
+import jax
+import learner_cases as cases
+import numpy as np
+import pytest
+
+from pgrpo_jax.kl_control import KLControl
+
+BUCKETS, STEPS, UNIT = (6, 8), 50, cases.P // 2  # padded prompt lengths, tokens; updates; prompts in a unit
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture(autouse=True)
+def lenient():
+    """optax promotes dtypes implicitly."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def compiled():
+    """Names of the programs compiled so far, as JAX tells them."""
+    names = []
+
+    def note(event, duration, **details):
+        if event == COMPILED:
+            names.append(details.get("fun_name", "?"))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def ragged(index: int, step: int, width: int):
+    """A unit whose prompts are padded to `width`, with completions of 0 to Tc tokens; prompts miss some of their completions, or all."""
+    whole, rng = cases.rollouts(index, version=step, prompts=UNIT, step=step), cases.named(f"ragged {index}")
+    kept = np.flatnonzero(rng.random(len(whole.rewards)) < 0.7)
+    kept = kept if len(kept) else np.arange(1)
+    rows = {
+        name: getattr(whole, name)[kept]
+        for name in ("completions", "completion_lengths", "prompt_index", "behaviour_log_probs", "truncated", "rewards")
+    }
+    lengths = rng.integers(0, rows["completion_lengths"] + 1).astype(np.int32)
+    return dataclasses.replace(
+        whole,
+        **(rows | {"completion_lengths": lengths}),
+        prompts=np.pad(whole.prompts, ((0, 0), (0, width - cases.TP)), constant_values=cases.PAD),
+        prompt_lengths=rng.integers(1, width + 1, UNIT).astype(np.int32),
+        texts=tuple(whole.texts[row] for row in kept),
+        reward_components={name: values[kept] for name, values in whole.reward_components.items()},
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kl": KLControl(coefficient=0.1), "micro_batches": 2, "passes_per_batch": 2, "gradients_every": 10, "num_devices": 2},
+    ],
+    ids=["one pass", "everything"],
+)
+def test_fifty_ragged_steps_compile_no_more_than_their_first(options, compiled, tmp_path):
+    reference = cases.params("reference") if "kl" in options else None
+    learner = cases.learner(tmp_path, num_steps=STEPS, reference=reference, **options)
+    seen, grown = set(), []
+    try:
+        for step in range(STEPS):
+            rng = cases.named(f"widths {step}")
+            widths = [int(rng.choice(BUCKETS)) for _ in range(2)] if step > 1 else [BUCKETS[step]] * 2
+            before = len(compiled)
+            learner.update([ragged(2 * step + i, step, width) for i, width in enumerate(widths)])
+            if max(widths) in seen and len(compiled) > before:
+                grown.append((step, widths, compiled[before:]))
+            seen.add(max(widths))
+        assert seen == set(BUCKETS) and compiled, "both buckets were trained on, and what compiles is seen"
+        assert grown == []
+    finally:
+        learner.close()
