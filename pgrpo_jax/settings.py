@@ -34,6 +34,7 @@ _AT_LEAST = {
     "model.random.context_length": 1,
     "generation.max_new_tokens": 1,
     "generation.top_k": 0,
+    "generation.slots": 0,
     "optimiser.warmup_steps": 0,
     "optimiser.weight_decay": 0,
     "optimiser.clip_norm": 0,
@@ -164,6 +165,7 @@ def generation_settings(config: Any, tokenizer: Tokenizer) -> GenerationSettings
         stop_ids=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id,
         prompt_buckets=tuple(config.generation.prompt_buckets),
+        slots=config.generation.slots,
     )
 
 

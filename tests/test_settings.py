@@ -144,7 +144,7 @@ def test_a_task_without_its_files(tmp_path):
 def test_what_the_settings_become():
     config = small_config.config(
         algorithm__clip_high=0.5, preset="grpo", learner__passes_per_batch=3, optimiser__warmup_steps=2, generation__top_k=7,
-        generation__temperature=0.5, staleness__accept=3, generation__prompt_buckets=(8, 40),
+        generation__temperature=0.5, staleness__accept=3, generation__prompt_buckets=(8, 40), generation__slots=24,
     )  # fmt: skip
     learner = settings.learner_settings(config, ByteTokenizer())
     assert (learner.loss.objective.clip_low, learner.loss.objective.clip_high, learner.kl.coefficient) == (0.2, 0.5, 0.0)
@@ -156,6 +156,7 @@ def test_what_the_settings_become():
     check(unbounded, 8)
     assert settings.schedule(unbounded) == Schedule(reload=4, accept=0, lag=0, policy="freshest")
     assert settings.generation_settings(config, ByteTokenizer()).prompt_buckets == (8, 40)
+    assert settings.generation_settings(config, ByteTokenizer()).slots == 24
     estimator = algorithm_settings.advantage_settings(config)
     assert (estimator.baseline, estimator.scale, estimator.epsilon, estimator.std_floor, estimator.min_count) == ("cohort", "cohort", 1e-6, 1e-3, 8)
     assert algorithm_settings.advantage_settings(small_config.config(algorithm__min_count=0)).min_count == 0

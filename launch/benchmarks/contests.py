@@ -32,13 +32,13 @@ class Contest:
     cold_starts: bool = False
 
 
+OURS = ("pgrpo_jax", "ceiling")
 CACHED = ("pgrpo_jax", "tunix")  # those who keep what JAX compiled
 CONTESTS = {
-    "generation": Contest("generation", {"generation_tokens_per_sec": "tokens/s"}, True, peers.OWN, ("transformers", "trl", "tunix")),
-    # pgrpo_jax joins here once the engine takes limits: see `generation.ours`.
-    "ragged generation": Contest("generation", {"generation_tokens_per_sec": "tokens/s"}, True, (), ("transformers",)),
-    "update": Contest("update", {"learner_secs": "s"}, False, peers.OWN, ("trl", "tunix")),
-    "step": Contest("step", {"step_secs": "s", "step_tokens_per_sec": "tokens/s"}, False, peers.OWN, ("trl", "tunix"), cold_starts=True),
+    "generation": Contest("generation", {"generation_tokens_per_sec": "tokens/s"}, True, OURS, ("transformers", "trl", "tunix")),
+    "ragged generation": Contest("generation", {"generation_tokens_per_sec": "tokens/s"}, True, ("pgrpo_jax", "batches"), ("transformers",)),
+    "update": Contest("update", {"learner_secs": "s"}, False, OURS, ("trl", "tunix")),
+    "step": Contest("step", {"step_secs": "s", "step_tokens_per_sec": "tokens/s"}, False, OURS, ("trl", "tunix"), cold_starts=True),
 }  # fmt: skip
 
 

@@ -14,33 +14,48 @@ from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.models import transformer
 
 
+SLOTS = 64  # completions that a ragged job decodes at the same time; a peer's batch
+
+
 def engine_settings(job: Job) -> engine.GenerationSettings:
     """Returns what is generated: no token stops."""
-    return engine.GenerationSettings(max_new_tokens=job.new_tokens, support=Support(), stop_ids=(), pad_id=0, prompt_buckets=(job.prompt_tokens,))
+    slots = SLOTS if job.ragged else 0
+    return engine.GenerationSettings(
+        max_new_tokens=job.new_tokens, support=Support(), stop_ids=(), pad_id=0, prompt_buckets=(job.prompt_tokens,), slots=slots
+    )
 
 
-def sampled(job: Job, model: transformer.Transformer, params: Any, seed: int) -> engine.Completions:
-    """Returns the job's completions."""
-    lengths = np.full(job.num_prompts, job.prompt_tokens, np.int32)
-    named = {"completions_per_prompt": job.completions_per_prompt, "settings": engine_settings(job)}
-    return engine.generate(model, params, job.prompts(seed), lengths, jax.random.key(seed), **named)
+def sampled(job: Job, model: transformer.Transformer, params: Any, seed: int, prompts: slice = slice(None)) -> engine.Completions:
+    """Returns the completions of some of the job's prompts."""
+    lengths = np.full(job.num_prompts, job.prompt_tokens, np.int32)[prompts]
+    limits = job.limits(seed).reshape(job.num_prompts, -1)[prompts]
+    named = {"completions_per_prompt": job.completions_per_prompt, "settings": engine_settings(job), "limits": limits}
+    out = engine.generate(model, params, job.prompts(seed)[prompts], lengths, jax.random.key(seed), **named)
+    if out.lengths.tolist() != limits.reshape(-1).tolist():
+        raise ValueError(f"generated {out.lengths.sum()} tokens: not the {limits.sum()} that were asked for")
+    return out
+
+
+def _work(job: Job, run: Callable[[Any, Any, int], object]) -> Callable[[int], dict[str, float]]:
+    model = transformer.Transformer(model_config(job))
+    params = transformer.initialise(model, jax.random.key(0))
+    return lambda seed: {"generation_tokens_per_sec": int(job.limits(seed).sum()) / secs(lambda: run(model, params, seed))}
 
 
 def ours(job: Job) -> Callable[[int], dict[str, float]]:
-    """Returns the work of a round.
+    """Returns the work of a round."""
+    return _work(job, lambda model, params, seed: sampled(job, model, params, seed))
 
-    Raises:
-        ValueError: the job is ragged.
-    """
-    if job.ragged:  # here `sampled` passes limits=job.limits(seed) once the engine takes it; then `contests.CONTESTS` lets us in
-        raise ValueError("--ragged: the engine takes no limits yet: leave pgrpo_jax out")
-    model = transformer.Transformer(model_config(job))
-    params = transformer.initialise(model, jax.random.key(0))
 
-    def work(seed: int) -> dict[str, float]:
-        return {"generation_tokens_per_sec": int(job.limits(seed).sum()) / secs(lambda: sampled(job, model, params, seed))}
+def batches(job: Job) -> Callable[[int], dict[str, float]]:
+    """Returns the work of a round without refill: whole prompts, `SLOTS` completions at a time, each batch until its last has ended."""
+    at_once = max(1, SLOTS // job.completions_per_prompt)
 
-    return work
+    def run(model: Any, params: Any, seed: int) -> None:
+        for start in range(0, job.num_prompts, at_once):
+            sampled(job, model, params, seed, slice(start, start + at_once))
+
+    return _work(job, run)
 
 
 def ceiling(job: Job) -> Callable[[int], dict[str, float]]:

@@ -20,7 +20,7 @@ from launch.benchmarks.timing import EndedError
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _DRIVERS = _ROOT / "launch" / "peers"
-OWN = ("pgrpo_jax", "ceiling")  # run in our own environment
+OWN = ("pgrpo_jax", "ceiling", "batches")  # run in our own environment
 REQUIREMENTS = {
     "transformers": ("torch==2.13.0", "transformers==5.23.0"),
     "trl": ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0"),

@@ -10,7 +10,7 @@ import numpy as np
 
 from launch.benchmarks import ceilings, generation
 from launch.benchmarks.timing import secs
-from launch.benchmarks.update import KL_COEFFICIENT, OPTIMISER, slices
+from launch.benchmarks.update import KL_COEFFICIENT, learning_model, OPTIMISER, slices
 from launch.benchmarks.work import model_config
 from launch.peers.job import Job
 from pgrpo_jax import kl_control, parallel
@@ -80,7 +80,7 @@ def rollouts(job: Job, done: Completions, *, step: int, seed: int) -> Rollouts:
 
 def ours(job: Job) -> Callable[[int], dict[str, Any]]:
     """Returns the work of a round: a step of the learner, on completions of its newest weights."""
-    model = transformer.Transformer(model_config(job))
+    model = learning_model(job)
     learner = make_learner(job, model, pathlib.Path(tempfile.mkdtemp()))
 
     def work(seed: int) -> dict[str, Any]:

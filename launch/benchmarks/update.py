@@ -1,5 +1,6 @@
 """Seconds of an update, reference log-probs included, and of the matmuls that it needs."""
 
+import math
 from typing import Callable
 
 import jax
@@ -24,9 +25,17 @@ OPTIMISER = OptimiserSettings(
 )
 
 
+SEQUENCES = 32  # of one of our micro-batches, about; a peer's are smaller (`Job.prompts_per_slice`), for it would need more memory
+
+
 def slices(job: Job) -> int:
-    """Returns the micro-batches of an update."""
-    return job.num_prompts // job.prompts_per_slice
+    """Returns the micro-batches of our update: whole prompts, equally many in each."""
+    return job.num_prompts // math.gcd(job.num_prompts, max(1, SEQUENCES // job.completions_per_prompt))
+
+
+def learning_model(job: Job) -> transformer.Transformer:
+    """Returns the model as the learner runs it: each layer computed anew in the backward pass, which costs no time here and saves memory."""
+    return transformer.Transformer(model_config(job), remat=True)
 
 
 def batch(job: Job, seed: int) -> TrainBatch:
@@ -43,7 +52,7 @@ def batch(job: Job, seed: int) -> TrainBatch:
 
 def ours(job: Job) -> Callable[[int], dict[str, float]]:
     """Returns the work of a round."""
-    model = transformer.Transformer(model_config(job))
+    model = learning_model(job)
     mesh = parallel.make_mesh(jax.devices()[:1])
     reference = jax.device_get(transformer.initialise(model, jax.random.key(0)))
     objective, count = {"kl_coefficients": np.full(1, KL_COEFFICIENT, np.float32)}, slices(job)

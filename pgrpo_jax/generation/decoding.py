@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgrpo_jax.generation import sampler
-from pgrpo_jax.models import transformer
+from pgrpo_jax.models import layers, transformer
 from pgrpo_jax.models.transformer import Transformer
 
 Caches = tuple[tuple[chex.Array, chex.Array], ...]  # of each layer: keys [*, Hkv, Dh, S], values [*, Hkv, S, Dh]
@@ -86,17 +86,17 @@ def lay_out(model: Transformer, params: Any) -> dict[str, Any]:
         params: of `families.parameter_shapes`.
 
     Returns:
-        {"layers": one mapping for each layer, as `transformer.layer` reads it, and the other parameters as they are}.
+        {"layers": one mapping for each layer, as `layers.layer` reads it, and the other parameters as they are}.
     """
-    layers = tuple(_lay_out_layer(model, params["layers"], np.int32(row)) for row in range(model.config.num_layers))
+    made = tuple(_lay_out_layer(model, params["layers"], np.int32(row)) for row in range(model.config.num_layers))
     matrices = {name: params[name].astype(model.dtype) for name in ("embedding", "head") if name in params}
-    return {"layers": layers, "final_norm": params["final_norm"], **matrices}
+    return {"layers": made, "final_norm": params["final_norm"], **matrices}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _lay_out_layer(model: Transformer, layers: Any, row: chex.Array) -> dict[str, chex.Array]:
+def _lay_out_layer(model: Transformer, stacked: Any, row: chex.Array) -> dict[str, chex.Array]:
     """One layer of `lay_out`."""
-    w = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, row, axis=0, keepdims=False), layers)
+    w = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, row, axis=0, keepdims=False), stacked)
     query = w["query"].reshape(w["query"].shape[0], model.config.num_kv_heads, -1, model.config.head_dim)
     fused = {
         "query_key_value": jnp.concatenate([query, w["key"][:, :, None], w["value"][:, :, None]], axis=2),
@@ -110,10 +110,10 @@ def prefill(model: Transformer, weights: Any, prompts: chex.Array) -> Caches:
     """Computes prompts [P, Tp] int32, padded on the right, once for all their completions; `weights` are those of `lay_out`."""
     c = model.config
     columns = jnp.arange(prompts.shape[1], dtype=jnp.int32)[None, :]
-    angles = transformer.rotation(jnp.broadcast_to(columns, prompts.shape), c, model.dtype)
+    angles = layers.rotation(jnp.broadcast_to(columns, prompts.shape), c, model.dtype)
     x, caches = jnp.take(weights["embedding"], prompts, axis=0), []
     for layer in weights["layers"]:
-        x, kept = transformer.layer(c, layer, x, angles, transformer.attention_over([]))
+        x, kept = layers.layer(c, layer, x, angles, layers.attention_over([]))
         caches.append(kept)
     return tuple(caches)
 
@@ -207,7 +207,7 @@ def decode(
     of_prompt = (in_block // length == slots.places[:, None]) & (in_block % length < slots.prompt_lengths[:, None] - 1)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, slots.completions.astype(jnp.uint32))
     # Of all positions, before the loop: inside it the compiler would compute a cosine anew wherever one is used.
-    angles = transformer.rotation(jnp.arange(length + size, dtype=jnp.int32)[:, None], model.config, model.dtype)
+    angles = layers.rotation(jnp.arange(length + size, dtype=jnp.int32)[:, None], model.config, model.dtype)
 
     def one(carry: Any) -> Any:
         caches, slots, drawn, step = carry
@@ -247,11 +247,11 @@ def _forward(model, weights, prefix, caches, slots, angles, of_prompt, own, colu
             # Written first and read after: a cache that is read and then written would be copied.
             keys = jax.lax.dynamic_update_slice_in_dim(cached_keys, keys, column, axis=3)
             values = jax.lax.dynamic_update_slice_in_dim(cached_values, values, column, axis=2)
-            return transformer.attend(query, [(*shared, of_prompt[:, None]), (keys, values, own[:, None])]), (keys, values)
+            return layers.attend(query, [(*shared, of_prompt[:, None]), (keys, values, own[:, None])]), (keys, values)
 
-        x, both = transformer.layer(model.config, layer, x, angles, attention)
+        x, both = layers.layer(model.config, layer, x, angles, attention)
         kept.append(both)
-    hidden = transformer.rms_norm(x, weights["final_norm"], epsilon=model.config.norm_epsilon)
+    hidden = layers.rms_norm(x, weights["final_norm"], epsilon=model.config.norm_epsilon)
     return transformer.logits(weights, hidden)[:, 0], tuple(kept)
 
 

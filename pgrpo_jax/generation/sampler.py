@@ -26,6 +26,11 @@ class Support:
     top_k: int = 0
     top_p: float = 1.0
 
+    @property
+    def whole(self) -> bool:
+        """Whether every token may be sampled."""
+        return self.top_k == 0 and self.top_p >= 1.0
+
 
 def restrict(logits: chex.Array, support: Support, *, keep: chex.Array | None = None) -> chex.Array:
     """Applies temperature, top-k and top-p. Tokens tied with the last one kept are kept too, whoever computes it.

@@ -5,7 +5,7 @@ from typing import Any
 import chex
 import jax.numpy as jnp
 
-from pgrpo_jax.generation import sampler
+from pgrpo_jax.generation import chunked, sampler
 from pgrpo_jax.models import transformer
 from pgrpo_jax.models.transformer import KeyValues, Segment, Transformer
 from pgrpo_jax.structs import TrainBatch
@@ -39,4 +39,4 @@ def score(model: Transformer, params: Any, batch: TrainBatch, support: sampler.S
     start = jnp.take(batch.prompt_lengths, rows)[:, None] - 1
     positions = start + jnp.arange(inputs.shape[1], dtype=jnp.int32)[None, :]
     hidden, _ = transformer.forward(model, params, inputs, positions, (context,))
-    return sampler.log_probs(transformer.logits(params, hidden), batch.completions, support)
+    return chunked.log_probs(params, hidden, batch.completions, support)

@@ -1,4 +1,4 @@
-"""One decoder-only transformer, the same text (`layer`) for prefill, decoding and training.
+"""One decoder-only transformer, the same text (`layers.layer`) for prefill, decoding and training.
 
 A forward pass runs T tokens against zero or more *context segments*: keys and values computed earlier (the prompt). So a prompt is
 computed once for all its completions, in generation and in training alike. `Transformer` scans the layers, for training;
@@ -6,13 +6,14 @@ generation/decoding.py writes them out, over weights laid out for it.
 """
 
 import functools
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Sequence
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pgrpo_jax.models import layers
 from pgrpo_jax.models.families import ModelConfig
 
 
@@ -42,146 +43,12 @@ class Segment:
     mask: chex.Array
 
 
-def rotation(positions: chex.Array, config: ModelConfig, dtype: Any) -> tuple[chex.Array, chex.Array]:
-    """Angles of the rotary position embedding (Su et al. 2021, arXiv:2104.09864), the same for every layer.
-
-    Args:
-        positions: [B, T] int32, tokens from the start of the sequence.
-        config: of whose sizes the head's and `rope_theta`, the base of the geometric progression of wavelengths, are read.
-        dtype: of the result; angles are computed in float32 or wider.
-
-    Returns:
-        (cosines, sines), each [B, T, 1, Dh/2].
-    """
-    chex.assert_rank(positions, 2)
-    half, wide = config.head_dim // 2, _wide(dtype)
-    frequencies = jnp.asarray(config.rope_theta, wide) ** (-jnp.arange(half, dtype=wide) / half)
-    angles = positions.astype(wide)[:, :, None, None] * frequencies[None, None, None, :]
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-
-
-def rotate(x: chex.Array, angles: tuple[chex.Array, chex.Array]) -> chex.Array:
-    """Rotates queries or keys [B, T, heads, Dh] by `rotation`, rotate-half order."""
-    chex.assert_rank(x, 4)
-    (cos, sin), half = angles, x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def attend(query: chex.Array, parts: Sequence[tuple[chex.Array, chex.Array, chex.Array]]) -> chex.Array:
-    """Grouped-query attention over several parts of a context, with one softmax over all of them.
-
-    Args:
-        query: [B, T, H, Dh].
-        parts: (keys [Bs, Hkv, Dh, S], values [Bs, Hkv, S, Dh], mask [B or Bs or 1, T or 1, S] bool); Bs divides B.
-
-    Returns:
-        [B, T, H, Dh], the dtype of query; scores and softmax in float32 or wider.
-    """
-    batch, length, heads, head_dim = query.shape
-    kv_heads, wide, scores = parts[0][0].shape[1], _wide(query.dtype), []
-    grouped = (kv_heads, heads // kv_heads, length)  # query heads that share a key head lie next to each other
-    query = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
-    for keys, _, mask in parts:
-        rows, size = keys.shape[0], keys.shape[-1]
-        s = jnp.matmul(_by_row(query, rows), keys, preferred_element_type=wide) * jnp.asarray(head_dim**-0.5, wide)
-        s = s.reshape(rows, kv_heads, batch // rows, heads // kv_heads, length, size)
-        mask = mask.reshape(rows, -1, *mask.shape[1:]) if len(mask) == batch else mask[:, None]
-        s = jnp.where(mask[:, None, :, None, :, :], s, jnp.asarray(jnp.finfo(wide).min, wide))
-        scores.append(s.swapaxes(1, 2).reshape(batch, *grouped, size))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
-    outputs, start = [], 0
-    for keys, values, _ in parts:
-        rows, size = keys.shape[0], keys.shape[-1]
-        out = jnp.matmul(_by_row(weights[..., start : start + size], rows), values)
-        out = out.reshape(rows, kv_heads, batch // rows, heads // kv_heads, length, head_dim)
-        outputs.append(out.swapaxes(1, 2).reshape(batch, *grouped, head_dim))
-        start += size
-    return sum(outputs[1:], outputs[0]).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
-
-
-def _by_row(x: chex.Array, rows: int) -> chex.Array:
-    """[B, Hkv, G, T, *] -> [Bs, Hkv, B/Bs·G·T, *]: everything that meets the same keys in one matrix."""
-    batch, kv_heads, *_, last = x.shape
-    return x.reshape(rows, batch // rows, *x.shape[1:]).swapaxes(1, 2).reshape(rows, kv_heads, -1, last)
-
-
-def rms_norm(x: chex.Array, scale: chex.Array, *, epsilon: float) -> chex.Array:
-    """Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467), computed in float32 or wider.
-
-    Args:
-        x: [B, T, D].
-        scale: [D].
-        epsilon: added to the mean square.
-
-    Returns:
-        [B, T, D], the dtype of x.
-    """
-    wide = x.astype(_wide(x.dtype))
-    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + jnp.asarray(epsilon, wide.dtype))
-    return (wide * inverse * scale.astype(wide.dtype)[None, None, :]).astype(x.dtype)
-
-
-def _wide(dtype: Any) -> Any:
-    """float32 for half-precision types, the type itself otherwise."""
-    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
-
-
 def _scaled_normal(fan_in: int):
     return nn.initializers.normal(fan_in**-0.5)
 
 
-# (queries [B, T, H, Dh], keys [B, Hkv, Dh, T], values [B, Hkv, T, Dh]) -> (attended [B, T, H, Dh], what the layer returns beside it)
-Attention = Callable[[chex.Array, chex.Array, chex.Array], tuple[chex.Array, Any]]
-
-
-def attention_over(parts: Sequence[tuple[chex.Array, chex.Array, chex.Array]]) -> Attention:
-    """Returns attention over `parts` of a context (of `attend`) and, causally, over the tokens themselves; it returns their keys and values."""
-
-    def attention(query, keys, values):
-        causal = jnp.tril(jnp.ones((query.shape[1],) * 2, bool))[None]
-        return attend(query, [*parts, (keys, values, causal)]), (keys, values)
-
-    return attention
-
-
-def layer(
-    config: ModelConfig, weights: Mapping[str, chex.Array], x: chex.Array, angles: tuple[chex.Array, chex.Array], attention: Attention
-) -> tuple[chex.Array, Any]:
-    """One layer: attention, then a gated MLP; both residual, pre-normalised.
-
-    Args:
-        config: the model's sizes.
-        weights: of `families.parameter_shapes`, without the axis of layers, in the dtype of x; or of `decoding.lay_out`, which has
-            "query_key_value" [D, Hkv, H/Hkv + 2, Dh] and "gate_up" [D, 2, F] in place of the five matrices they are made of.
-        x: [B, T, D].
-        angles: of `rotation`.
-        attention: what the tokens attend to.
-
-    Returns:
-        (x after the layer, what `attention` returned beside the attended values).
-    """
-    h = rms_norm(x, weights["attention_norm"], epsilon=config.norm_epsilon)
-    if "query_key_value" in weights:
-        fused = jnp.einsum("btd,dhgk->bthgk", h, weights["query_key_value"])
-        query = fused[:, :, :, :-2].reshape(*x.shape[:2], config.num_heads, config.head_dim)
-        keys, values = fused[:, :, :, -2], fused[:, :, :, -1]
-    else:
-        query, keys, values = [jnp.einsum("btd,dhk->bthk", h, weights[name]) for name in ("query", "key", "value")]
-    query, keys = rotate(query, angles), rotate(keys, angles)
-    attended, kept = attention(query, keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2))
-    x = x + jnp.einsum("bthk,hkd->btd", attended, weights["output"])
-
-    h = rms_norm(x, weights["mlp_norm"], epsilon=config.norm_epsilon)
-    if "gate_up" in weights:
-        gate, up = jnp.moveaxis(jnp.einsum("btd,dgf->btgf", h, weights["gate_up"]), 2, 0)
-    else:
-        gate, up = [jnp.einsum("btd,df->btf", h, weights[name]) for name in ("gate", "up")]
-    return x + jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, weights["down"]), kept
-
-
 class Block(nn.Module):
-    """`layer` with its parameters, as the scan over layers wants it."""
+    """`layers.layer` with its parameters, as the scan over layers wants it."""
 
     config: ModelConfig
     dtype: Any
@@ -205,7 +72,7 @@ class Block(nn.Module):
         weights = {name: self.param(name, *what) for name, what in shapes.items()}
         weights = {name: w if "norm" in name else w.astype(self.dtype) for name, w in weights.items()}
         parts = [(k, v, mask[:, None, :]) for (k, v), mask in zip(contexts, masks, strict=True)]
-        return layer(c, weights, x, angles, attention_over(parts))
+        return layers.layer(c, weights, x, angles, layers.attention_over(parts))
 
 
 class Transformer(nn.Module):
@@ -237,7 +104,7 @@ class Transformer(nn.Module):
         chex.assert_rank([tokens, positions], 2)
         embedding = self.param("embedding", _scaled_normal(c.width), (c.vocab_size, c.width))
         x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
-        layers = nn.scan(
+        stack = nn.scan(
             nn.remat(Block, prevent_cse=False) if self.remat else Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
@@ -245,11 +112,11 @@ class Transformer(nn.Module):
             length=c.num_layers,
         )(c, self.dtype, name="layers")
         contexts = tuple((s.key_values.keys, s.key_values.values) for s in context)
-        x, (keys, values) = layers(x, contexts, tuple(s.mask for s in context), rotation(positions, c, self.dtype))
+        x, (keys, values) = stack(x, contexts, tuple(s.mask for s in context), layers.rotation(positions, c, self.dtype))
         scale = self.param("final_norm", nn.initializers.ones, (c.width,))
         if not c.tied_embeddings:
             self.param("head", _scaled_normal(c.width), (c.width, c.vocab_size))
-        return rms_norm(x, scale, epsilon=c.norm_epsilon), KeyValues(keys=keys, values=values)
+        return layers.rms_norm(x, scale, epsilon=c.norm_epsilon), KeyValues(keys=keys, values=values)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -270,7 +137,7 @@ def logits(params: Any, hidden: chex.Array) -> chex.Array:
     Rounded to bfloat16, a logit of 20 would move in steps of 1/8, and many tokens would tie.
     """
     equation, head = ("btd,dv->btv", params["head"]) if "head" in params else ("btd,vd->btv", params["embedding"])
-    return jnp.einsum(equation, hidden, head.astype(hidden.dtype), preferred_element_type=_wide(hidden.dtype))
+    return jnp.einsum(equation, hidden, head.astype(hidden.dtype), preferred_element_type=layers.wide(hidden.dtype))
 
 
 def prefill(model: Transformer, params: Any, prompts: chex.Array, lengths: chex.Array) -> Segment:

@@ -15,7 +15,7 @@ import program
 import pytest
 
 from launch import benchmark
-from launch.benchmarks import advantages, ceilings, checkpoint, contests, peers, results, step
+from launch.benchmarks import advantages, ceilings, checkpoint, contests, generation, peers, results, step
 from launch.benchmarks.timing import EndedError, in_turn, ratios
 from launch.benchmarks.work import model_config
 from launch.peers.job import Job
@@ -59,7 +59,6 @@ def test_ceilings_run():
         ("update --against=vllm", "--against=vllm: update knows trl, tunix"),
         ("weights --against=trl", "--against=trl: weights knows no peers"),
         ("generation --ragged --against=tunix", "--against=tunix: generation knows transformers"),
-        ("generation --ragged", "--against is empty, and of ours nobody takes part: give one of transformers"),
         ("update --ragged", "--ragged: update has no ragged form"),
         ("generation --ragged --new_tokens=7 --against=transformers", "--new_tokens=7 is below 8"),
         ("step --num_prompts=0", "--num_prompts=0 is below 1: give 1 or more"),
@@ -210,6 +209,28 @@ def test_drivers_know_the_job_and_the_model(driver):
         "max_position_embeddings": config.context_length,
     }  # fmt: skip
     assert theirs == ours and config.num_layers == 4 and Job().layers == 30
+
+
+def test_ragged_completions_are_refilled_or_generated_batch_by_batch(monkeypatch):
+    """Both ways give each completion the tokens that were asked for; batches hold whole prompts."""
+    job = Job(num_prompts=3, completions_per_prompt=4, prompt_tokens=4, new_tokens=12, layers=1, ragged=True)
+    monkeypatch.setattr(generation, "SLOTS", 8)
+    done, sampled = [], generation.sampled
+
+    def watched(*arguments):
+        out = sampled(*arguments)
+        done.append((out.lengths.tolist(), generation.engine_settings(job).slots))
+        return out
+
+    monkeypatch.setattr(generation, "sampled", watched)
+    limits = job.limits(5).tolist()
+    assert generation.ours(job)(5)["generation_tokens_per_sec"] > 0 and done == [(limits, 8)]
+    done.clear()
+    assert generation.batches(job)(5)["generation_tokens_per_sec"] > 0 and done == [(limits[:8], 8), (limits[8:], 8)]
+    monkeypatch.setattr(generation, "sampled", sampled)
+    monkeypatch.setattr(generation.engine, "generate", lambda *_, **named: types.SimpleNamespace(lengths=named["limits"].reshape(-1) - 1))
+    with pytest.raises(ValueError, match=f"generated {sum(limits) - 12} tokens: not the {sum(limits)} that were asked for"):
+        generation.ours(job)(5)
 
 
 @pytest.fixture

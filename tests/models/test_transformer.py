@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgrpo_jax.models import families, transformer, weights
+from pgrpo_jax.models import families, layers, transformer, weights
 
 MODEL = pathlib.Path(".assets/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf")
 REFERENCE = pathlib.Path(__file__).parents[1] / "data" / "smollm2_reference.npz"
@@ -146,7 +146,7 @@ def test_bfloat16_logits_and_scores_are_summed_in_float32():
     # scores of about 45 that differ by 0.3: bfloat16 is spaced by 0.25 there
     normal = [rng.standard_normal((1, size, 1, 64)) for size in (3, 5, 5)]
     query, keys, values = (jnp.asarray(x, jnp.bfloat16) for x in (2 + np.abs(normal[0]), 2 + 0.1 * normal[1], normal[2]))
-    out = transformer.attend(query, [(keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2), jnp.ones((1, 1, 5), bool))])
+    out = layers.attend(query, [(keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2), jnp.ones((1, 1, 5), bool))])
     scores = np.einsum("bthd,bshd->ts", np.asarray(query, np.float64), np.asarray(keys, np.float64)) / 8
     weights_ = np.exp(scores - scores.max(axis=1, keepdims=True))
     weights_ /= weights_.sum(axis=1, keepdims=True)
@@ -160,8 +160,8 @@ def test_rotation_depends_on_the_distance_only_and_keeps_lengths():
     config = families.ModelConfig(**{**TINY, "head_dim": 6, "rope_theta": 100.0})
 
     def turned(x, position):
-        angles = transformer.rotation(jnp.full((1, 1), position, jnp.int32), config, jnp.float32)
-        return np.asarray(transformer.rotate(x, angles))[0, 0, 0]
+        angles = layers.rotation(jnp.full((1, 1), position, jnp.int32), config, jnp.float32)
+        return np.asarray(layers.rotate(x, angles))[0, 0, 0]
 
     np.testing.assert_array_equal(turned(q, 0), q[0, 0, 0])
     np.testing.assert_allclose(turned(q, 7) @ turned(k, 3), turned(q, 24) @ turned(k, 20), rtol=1e-4)
@@ -178,7 +178,7 @@ def test_attention_over_parts_is_one_softmax_over_their_union():
     parts = [(rng.standard_normal((b, s, kv_heads, size)), rng.standard_normal((b, s, kv_heads, size))) for b, s in shapes]
     masks = [rng.random((2, 1, 5)) < 0.6, rng.random((6, 1, 3)) < 0.6, rng.random((6, 1, 4)) < 0.6, np.tril(np.ones((2, 2), bool))[None]]
     masks[0][0], masks[1][1], masks[2][4] = False, False, False
-    out = transformer.attend(
+    out = layers.attend(
         jnp.asarray(query, jnp.float32),
         [
             (jnp.asarray(k.transpose(0, 2, 3, 1), jnp.float32), jnp.asarray(v.swapaxes(1, 2), jnp.float32), jnp.asarray(m))
