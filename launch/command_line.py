@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from configs import base
-from pgrpo_jax import compile_cache
+from pgrpo_jax import compile_cache, run_directory
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "run directory; may be a bucket")
@@ -37,6 +37,7 @@ def _main(program: Callable[..., int], argv: Sequence[str]) -> int:
         logging.set_verbosity(logging.WARNING)
     config = _CONFIG.value
     try:
+        run_directory.check_workdir(_WORKDIR.value)
         compile_cache.use(config.compile_cache, workdir=_WORKDIR.value)
         return program(config, identity=base.identity(config), workdir=_WORKDIR.value)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -144,7 +144,7 @@ acquire() {
 }
 
 set_up() {
-  run tar -czf "$archive" -C "$ROOT" --exclude=./.git --exclude=./.venv --exclude=./.assets --exclude=./runs --exclude=__pycache__ . &&
+  run tar -czf "$archive" -C "$ROOT" --exclude=./.git --exclude=./.venv --exclude=./.assets --exclude=./.peers --exclude=./runs --exclude=__pycache__ . &&
     run gcloud compute tpus tpu-vm scp "$archive" "$name:pgrpo_jax.tar.gz" "${where[@]}" --worker=all --quiet &&
     workers "mkdir -p pgrpo_jax && tar -xzf pgrpo_jax.tar.gz -C pgrpo_jax && bash pgrpo_jax/launch/tpu_worker.sh setup"
 }

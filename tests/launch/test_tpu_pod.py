@@ -109,7 +109,7 @@ def test_the_dry_run_prints_every_command_in_order_and_runs_none(google):
     assert {"--worker=all"} <= set(scp) & set(setup) & set(train) and "--force" in delete
     tar = next(command for command in commands if command[0] == "tar")
     assert tar[2] == scp[5] and commands.index(tar) < commands.index(scp)
-    assert {"--exclude=./.git", "--exclude=./.venv", "--exclude=./.assets", "--exclude=./runs"} <= set(tar)
+    assert {"--exclude=./.git", "--exclude=./.venv", "--exclude=./.assets", "--exclude=./.peers", "--exclude=./runs"} <= set(tar)
 
 
 def test_what_the_workers_run_reaches_the_program_as_it_was_given(google):
@@ -134,7 +134,7 @@ def test_copies_the_repository_without_what_is_made_on_the_worker(google):
     google.run()
     names = (google.directory / "archived").read_text().splitlines()
     assert {"./launch/train.py", "./launch/tpu_worker.sh", "./configs/base.py", "./setup.cfg", "./pgrpo_jax/train.py"} <= set(names)
-    assert not [name for name in names if name.startswith(("./.git/", "./.venv", "./.assets", "./runs")) or "__pycache__" in name]
+    assert not [name for name in names if name.startswith(("./.git/", "./.venv", "./.assets", "./.peers", "./runs")) or "__pycache__" in name]
     assert list(google.temporary.iterdir()) == []
 
 
