@@ -102,7 +102,7 @@ def ours(job: Job) -> Callable[[int], dict[str, Any]]:
 def ceiling(job: Job) -> Callable[[int], dict[str, float]]:
     """Returns the work of a round at the ceiling: that of generation and that of the update, one after the other."""
     config = model_config(job)
-    decode, learn = ceilings.decode(config, job), ceilings.learn(config, job, slices=slices(job))
+    decode, learn = ceilings.decode(config, job), ceilings.learn(config, job, slices=job.num_prompts // job.prompts_per_slice)
 
     def work(seed: int) -> dict[str, float]:
         del seed
