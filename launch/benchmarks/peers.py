@@ -1,4 +1,4 @@
-"""Contestants on the same work: each a driver of ours (launch/peers/NAME_driver.py) in a process of its own, peers in an environment of their own too.
+"""Contestants on the same work: each a driver (launch/peers/NAME_driver.py, own_driver.py for `OWN`) in a process of its own, peers in an environment of their own too.
 
 A driver answers every line `round SEED` on its standard input with one JSON object in a line; what it prints besides goes to its log.
 So everybody takes turns, and meets the same machine. All live side by side until the end: their memory adds up.
@@ -20,7 +20,7 @@ from launch.benchmarks.timing import EndedError
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _DRIVERS = _ROOT / "launch" / "peers"
-OWN = ("pgrpo_jax", "ceiling", "batches")  # run in our own environment
+OWN = {"pgrpo_jax": "ours", "ceiling": "ceiling", "batches": "batches"}  # in our own environment: the function that does the work
 REQUIREMENTS = {
     "transformers": ("torch==2.13.0", "transformers==5.23.0"),
     "trl": ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0"),
@@ -51,7 +51,8 @@ class Contestant:
     def __init__(self, name: str, arguments: Sequence[str] = (), variables: Mapping[str, str] = {}):
         python, directory = _installed(name)
         self._name, self._log, self.peak_gib, self.cold_start_secs = name, directory / "log.txt", 0.0, None
-        self._line, self._variables = [python, _DRIVERS / f"{name}_driver.py", *arguments], dict(variables)
+        driver = ["own_driver.py", OWN[name]] if name in OWN else [f"{name}_driver.py"]
+        self._line, self._variables = [python, _DRIVERS / driver[0], *driver[1:], *arguments], dict(variables)
         self._process: subprocess.Popen | None = None
 
     def round(self, seed: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 VOCABULARY = 49152  # tokens of SmolLM2-135M
 _FIRST_WORD = 10  # tokens below it are special to somebody
 LEAST_LIMIT = 8  # tokens of the shortest completion of a ragged job
-_SLICE = 16  # sequences of a forward and backward pass, about
+_SLICE = 16  # sequences of a peer's forward and backward pass, about; ours: benchmarks/update.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Job:
 
     @property
     def prompts_per_slice(self) -> int:
-        """Prompts whose completions go through a forward and backward pass together, for everybody: 16 sequences or fewer, where that can be."""
+        """Prompts whose completions a peer, and the ceiling, takes through a forward and backward pass together: 16 sequences or fewer, where that can be."""
         return math.gcd(self.num_prompts, max(1, _SLICE // self.completions_per_prompt))
 
     def prompts(self, seed: int) -> np.ndarray:

@@ -136,8 +136,8 @@ for seed in protocol.rounds():
 @pytest.fixture
 def driver(tmp_path, monkeypatch):
     """Drivers that answer with the seed twice over and end at seeds 6, 7 and 9, in this environment; returns the folder of the log."""
-    for name in ("small", "pgrpo_jax"):
-        (tmp_path / f"{name}_driver.py").write_text(DRIVER)
+    (tmp_path / "small_driver.py").write_text(DRIVER)
+    (tmp_path / "own_driver.py").write_text("import sys\nassert sys.argv.pop(1) == 'ours'\n" + DRIVER)
     for name in ("protocol.py", "job.py"):
         (tmp_path / name).write_text((program.ROOT / "launch" / "peers" / name).read_text())
     monkeypatch.setattr(peers, "_DRIVERS", tmp_path)
