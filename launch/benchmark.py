@@ -4,7 +4,8 @@
 
     generation    tokens per second of sampling, against the model's bare matmuls and cache reads; peers: transformers, trl, tunix
                   --ragged: 256 completions of 8 to 128 tokens by forced stop, 64 at a time, useful tokens per second, and our engine
-                  without refill; peers: transformers
+                  without refill, in batches that stay as they are and in batches that are halved; peers: transformers
+    storage       tokens per second with matrices and caches in float32, in bfloat16 and in int8
     update        seconds of an update with reference log-probs, against the bare matmuls that it needs; peers: trl, tunix
     step          seconds of a whole step, cold start with an empty and with a warm compilation cache; peers: trl, tunix
     advantages    microseconds of the learner's advantage kernel, against a loop in NumPy and a copy of the same bytes
@@ -14,7 +15,7 @@
     actors        units per second of 1, 2, 4 and 8 actors whose generation takes a fixed time
 
 Prints a table (median, least, greatest); --results appends one JSON line with every round, the machine and the commit. Nothing else should run
-meanwhile. The first three are of SmolLM2-135M's shape with random weights, float32: 8 prompts of 64 tokens, 8 completions of 64 tokens each.
+meanwhile. The first four are of SmolLM2-135M's shape with random weights, float32: 8 prompts of 64 tokens, 8 completions of 64 tokens each.
 Each contestant is a process of its own; one that ends (out of memory, say) is reported as such, and the others go on. Peers are installed
 into .peers/ at their first use (torch: minutes, 1 GB).
 """
@@ -32,7 +33,7 @@ from launch.benchmarks.contests import Found  # noqa: E402
 from launch.benchmarks.peers import PeerError  # noqa: E402
 from launch.peers import job as jobs  # noqa: E402
 
-CONTESTS = ("generation", "update", "step")
+CONTESTS = ("generation", "storage", "update", "step")
 ALONE = {
     "advantages": advantages.measure, "checkpoint": checkpoint.measure, "weights": weights.measure, "overlap": pipeline.measure_overlap,
     "actors": pipeline.measure_actors,

@@ -9,6 +9,7 @@ from typing import Any, Sequence
 from pgrpo_jax import algorithm_settings
 from pgrpo_jax.generation.engine import GenerationSettings
 from pgrpo_jax.generation.sampler import Support
+from pgrpo_jax.models.quantised import STORAGE
 from pgrpo_jax.kl_control import KLControl
 from pgrpo_jax.learner import LearnerSettings
 from pgrpo_jax.models.families import ModelConfig
@@ -57,7 +58,14 @@ _AT_LEAST = {
     "metrics.samples_every": 0,
     "metrics.gradients_every": 0,
 }
-_ONE_OF = {"engine": ENGINES, "model.dtype": _DTYPES, "weights.dtype": _DTYPES, "rewards.on_failure": POLICIES}
+_ONE_OF = {
+    "engine": ENGINES,
+    "model.dtype": _DTYPES,
+    "weights.dtype": _DTYPES,
+    "generation.weights": STORAGE,
+    "generation.cache": STORAGE,
+    "rewards.on_failure": POLICIES,
+}
 
 
 class ConfigError(ValueError):
@@ -166,6 +174,8 @@ def generation_settings(config: Any, tokenizer: Tokenizer) -> GenerationSettings
         pad_id=tokenizer.pad_id,
         prompt_buckets=tuple(config.generation.prompt_buckets),
         slots=config.generation.slots,
+        weights=config.generation.weights,
+        cache=config.generation.cache,
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import statistics
 import tempfile
 from typing import Any, Mapping, Sequence
 
@@ -17,7 +18,7 @@ class Contest:
 
     Attributes:
         benchmark: what their drivers are told.
-        measures: name in a driver's answer -> unit; the first one decides the ratios.
+        measures: name in a driver's answer -> unit; the first one decides the ratios, others may be missing.
         more_is_better: whether the first one is a rate, not seconds.
         ours: contestants that always take part.
         peers: those that may be asked for.
@@ -36,9 +37,10 @@ OURS = ("pgrpo_jax", "ceiling")
 CACHED = ("pgrpo_jax", "tunix")  # those who keep what JAX compiled
 CONTESTS = {
     "generation": Contest("generation", {"generation_tokens_per_sec": "tokens/s"}, True, OURS, ("transformers", "trl", "tunix")),
-    "ragged generation": Contest("generation", {"generation_tokens_per_sec": "tokens/s"}, True, ("pgrpo_jax", "batches"), ("transformers",)),
+    "ragged generation": Contest("generation", {"generation_tokens_per_sec": "tokens/s"}, True, ("pgrpo_jax", "batches", "halved batches"), ("transformers",)),
+    "storage": Contest("generation", {"generation_tokens_per_sec": "tokens/s"}, True, ("pgrpo_jax", "bfloat16", "int8"), ()),
     "update": Contest("update", {"learner_secs": "s"}, False, OURS, ("trl", "tunix")),
-    "step": Contest("step", {"step_secs": "s", "step_tokens_per_sec": "tokens/s"}, False, OURS, ("trl", "tunix"), cold_starts=True),
+    "step": Contest("step", {"step_secs": "s", "step_tokens_per_sec": "tokens/s", "learner_secs": "s of the learner"}, False, OURS, ("trl", "tunix"), cold_starts=True),
 }  # fmt: skip
 
 
@@ -87,7 +89,18 @@ def hold(contest: Contest, job: Job, *, rounds: int, against: Sequence[str]) -> 
         if contestant.cold_start_secs:
             kind = "cold start with a warm compilation cache" if name in empty else "cold start"
             quantities[f"{name}, {kind}, s"] = [contestant.cold_start_secs]
-    return Found(quantities, lost | ended)
+    return Found(quantities | _until_ready(contest, quantities, answers), lost | ended)
+
+
+def _until_ready(contest: Contest, quantities: Mapping[str, Sequence[float]], answers: Mapping[str, Sequence[Mapping[str, Any]]]):
+    """Of each cold start what is left without a usual step: {quantity: [seconds]}."""
+    found: dict[str, list[float]] = {}
+    for name, rounds in answers.items():
+        if contest.cold_starts and rounds:
+            step = statistics.median(answer[next(iter(contest.measures))] for answer in rounds)
+            starts = {quantity: secs for quantity, (secs, *_) in quantities.items() if quantity.startswith(f"{name}, cold start")}
+            found |= {quantity.replace(", s", " less a usual step, s"): [secs - step] for quantity, secs in starts.items()}
+    return found
 
 
 def measured(contest: Contest, answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[float]]:
@@ -99,7 +112,8 @@ def measured(contest: Contest, answers: Mapping[str, Sequence[Mapping[str, Any]]
     """
     found = {}
     for measure, unit in contest.measures.items():
-        found |= {f"{name}, {unit}": [answer[measure] for answer in rounds] for name, rounds in answers.items() if rounds}
+        of_all = {name: [answer[measure] for answer in rounds if measure in answer] for name, rounds in answers.items()}
+        found |= {f"{name}, {unit}": values for name, values in of_all.items() if values}
     first = next(iter(contest.measures))
     values = {name: [answer[first] for answer in rounds] for name, rounds in answers.items() if rounds}
     if ours := values.pop("pgrpo_jax", None):

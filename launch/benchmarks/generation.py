@@ -17,19 +17,19 @@ from pgrpo_jax.models import transformer
 SLOTS = 64  # completions that a ragged job decodes at the same time; a peer's batch
 
 
-def engine_settings(job: Job) -> engine.GenerationSettings:
-    """Returns what is generated: no token stops."""
-    slots = SLOTS if job.ragged else 0
-    return engine.GenerationSettings(
-        max_new_tokens=job.new_tokens, support=Support(), stop_ids=(), pad_id=0, prompt_buckets=(job.prompt_tokens,), slots=slots
-    )
+def engine_settings(job: Job, **changes: Any) -> engine.GenerationSettings:
+    """Returns what is generated: no token stops; `changes` of how."""
+    values = {"support": Support(), "stop_ids": (), "pad_id": 0, "prompt_buckets": (job.prompt_tokens,), "slots": SLOTS if job.ragged else 0}
+    return engine.GenerationSettings(max_new_tokens=job.new_tokens, **values | changes)
 
 
-def sampled(job: Job, model: transformer.Transformer, params: Any, seed: int, prompts: slice = slice(None)) -> engine.Completions:
-    """Returns the completions of some of the job's prompts."""
+def sampled(
+    job: Job, model: transformer.Transformer, params: Any, seed: int, prompts: slice = slice(None), **changes: Any
+) -> engine.Completions:
+    """Returns the completions of some of the job's prompts; `changes` of `engine_settings`."""
     lengths = np.full(job.num_prompts, job.prompt_tokens, np.int32)[prompts]
     limits = job.limits(seed).reshape(job.num_prompts, -1)[prompts]
-    named = {"completions_per_prompt": job.completions_per_prompt, "settings": engine_settings(job), "limits": limits}
+    named = {"completions_per_prompt": job.completions_per_prompt, "settings": engine_settings(job, **changes), "limits": limits}
     out = engine.generate(model, params, job.prompts(seed)[prompts], lengths, jax.random.key(seed), **named)
     if out.lengths.tolist() != limits.reshape(-1).tolist():
         raise ValueError(f"generated {out.lengths.sum()} tokens: not the {limits.sum()} that were asked for")
@@ -49,13 +49,32 @@ def ours(job: Job) -> Callable[[int], dict[str, float]]:
 
 def batches(job: Job) -> Callable[[int], dict[str, float]]:
     """Returns the work of a round without refill: whole prompts, `SLOTS` completions at a time, each batch until its last has ended."""
+    return _batches(job, smallest_batch=SLOTS)
+
+
+def halved_batches(job: Job) -> Callable[[int], dict[str, float]]:
+    """Returns the same work with batches that are halved as their completions end."""
+    return _batches(job)
+
+
+def _batches(job: Job, **changes: Any) -> Callable[[int], dict[str, float]]:
     at_once = max(1, SLOTS // job.completions_per_prompt)
 
     def run(model: Any, params: Any, seed: int) -> None:
         for start in range(0, job.num_prompts, at_once):
-            sampled(job, model, params, seed, slice(start, start + at_once))
+            sampled(job, model, params, seed, slice(start, start + at_once), **changes)
 
     return _work(job, run)
+
+
+def bfloat16(job: Job) -> Callable[[int], dict[str, float]]:
+    """Returns the work of a round with matrices and caches stored in bfloat16."""
+    return _work(job, lambda model, params, seed: sampled(job, model, params, seed, weights="bfloat16", cache="bfloat16"))
+
+
+def int8(job: Job) -> Callable[[int], dict[str, float]]:
+    """Returns the work of a round with matrices and caches stored in int8."""
+    return _work(job, lambda model, params, seed: sampled(job, model, params, seed, weights="int8", cache="int8"))
 
 
 def ceiling(job: Job) -> Callable[[int], dict[str, float]]:

@@ -20,7 +20,9 @@ from launch.benchmarks.timing import EndedError
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _DRIVERS = _ROOT / "launch" / "peers"
-OWN = {"pgrpo_jax": "ours", "ceiling": "ceiling", "batches": "batches"}  # in our own environment: the function that does the work
+OWN = {  # in our own environment: the function that does the work
+    "pgrpo_jax": "ours", "ceiling": "ceiling", "batches": "batches", "halved batches": "halved_batches", "bfloat16": "bfloat16", "int8": "int8",
+}  # fmt: skip
 REQUIREMENTS = {
     "transformers": ("torch==2.13.0", "transformers==5.23.0"),
     "trl": ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0"),

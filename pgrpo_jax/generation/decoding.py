@@ -7,7 +7,7 @@ completions answer.
 """
 
 import functools
-from typing import Any
+from typing import Any, Callable
 
 import chex
 import jax
@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgrpo_jax.generation import sampler
-from pgrpo_jax.models import layers, transformer
+from pgrpo_jax.models import layers, quantised, transformer
+from pgrpo_jax.models.quantised import Stored
 from pgrpo_jax.models.transformer import Transformer
 
-Caches = tuple[tuple[chex.Array, chex.Array], ...]  # of each layer: keys [*, Hkv, Dh, S], values [*, Hkv, S, Dh]
+Caches = tuple[tuple[Stored, Stored], ...]  # of each layer: keys [*, Hkv, Dh, S], values [*, Hkv, S, Dh]; scales, where there are, [*, Hkv, S]
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -76,45 +77,55 @@ class Until:
     blocks: chex.Array
 
 
-def lay_out(model: Transformer, params: Any) -> dict[str, Any]:
-    """Lays parameters out for decoding: layer by layer, matrices that read the same activations in one, in the model's dtype.
+def lay_out(model: Transformer, params: Any, storage: str = "model") -> dict[str, Any]:
+    """Lays parameters out for decoding: layer by layer, matrices that read the same activations in one, in the model's dtype or in less room.
 
     Queries, keys and values lie together by key head, so that a mesh that splits the heads splits the fused matrix without any exchange.
 
     Args:
         model: the transformer.
         params: of `families.parameter_shapes`.
+        storage: of `quantised.STORAGE`, of the matrices; with int8 each output has a scale.
 
     Returns:
         {"layers": one mapping for each layer, as `layers.layer` reads it, and the other parameters as they are}.
     """
-    made = tuple(_lay_out_layer(model, params["layers"], np.int32(row)) for row in range(model.config.num_layers))
-    matrices = {name: params[name].astype(model.dtype) for name in ("embedding", "head") if name in params}
+    made = tuple(_lay_out_layer(model, storage, params["layers"], np.int32(row)) for row in range(model.config.num_layers))
+    matrices = {name: quantised.store(params[name].astype(model.dtype), storage, axis=axis) for name, axis in _TABLES.items() if name in params}
     return {"layers": made, "final_norm": params["final_norm"], **matrices}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _lay_out_layer(model: Transformer, stacked: Any, row: chex.Array) -> dict[str, chex.Array]:
+_TABLES = {"embedding": 1, "head": 0}  # axis of a token's vector
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _lay_out_layer(model: Transformer, storage: str, stacked: Any, row: chex.Array) -> dict[str, Stored]:
     """One layer of `lay_out`."""
     w = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, row, axis=0, keepdims=False), stacked)
     query = w["query"].reshape(w["query"].shape[0], model.config.num_kv_heads, -1, model.config.head_dim)
     fused = {
         "query_key_value": jnp.concatenate([query, w["key"][:, :, None], w["value"][:, :, None]], axis=2),
-        "gate_up": jnp.stack([w["gate"], w["up"]], axis=1), "output": w["output"], "down": w["down"],
+        "gate_up": jnp.stack([w["gate"], w["up"]], axis=1), "output": w["output"].reshape(-1, model.config.width),
+        "down": w["down"],
     }  # fmt: skip
-    return {name: x.astype(model.dtype) for name, x in fused.items()} | {name: w[name] for name in ("attention_norm", "mlp_norm")}
+    return {name: quantised.store(x.astype(model.dtype), storage, axis=0) for name, x in fused.items()} | {name: w[name] for name in ("attention_norm", "mlp_norm")}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def prefill(model: Transformer, weights: Any, prompts: chex.Array) -> Caches:
+def keep(keys: chex.Array, values: chex.Array, storage: str) -> tuple[Stored, Stored]:
+    """Returns keys [*, Hkv, Dh, S] and values [*, Hkv, S, Dh] as caches hold them; with int8 each token's vector has a scale."""
+    return quantised.store(keys, storage, axis=2), quantised.store(values, storage, axis=3)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def prefill(model: Transformer, storage: str, weights: Any, prompts: chex.Array) -> Caches:
     """Computes prompts [P, Tp] int32, padded on the right, once for all their completions; `weights` are those of `lay_out`."""
     c = model.config
     columns = jnp.arange(prompts.shape[1], dtype=jnp.int32)[None, :]
     angles = layers.rotation(jnp.broadcast_to(columns, prompts.shape), c, model.dtype)
-    x, caches = jnp.take(weights["embedding"], prompts, axis=0), []
+    x, caches = quantised.take(weights["embedding"], prompts, model.dtype), []
     for layer in weights["layers"]:
         x, kept = layers.layer(c, layer, x, angles, layers.attention_over([]))
-        caches.append(kept)
+        caches.append(keep(*kept, storage))
     return tuple(caches)
 
 
@@ -130,44 +141,57 @@ def gather_prompts(prefilled: Caches, table: chex.Array) -> Caches:
         Caches of `blocks` rows and places * Tp tokens.
     """
 
-    def gathered(keys: chex.Array, values: chex.Array) -> tuple[chex.Array, chex.Array]:
-        keys, values = jnp.take(keys, table, axis=0), jnp.take(values, table, axis=0)
-        blocks, places, heads, size, length = keys.shape
-        keys = keys.transpose(0, 2, 3, 1, 4).reshape(blocks, heads, size, places * length)
-        return keys, values.swapaxes(1, 2).reshape(blocks, heads, places * length, size)
+    def gathered(x: chex.Array, axis: int) -> chex.Array:
+        x = jnp.moveaxis(jnp.take(x, table, axis=0), 1, axis)  # the places just before their columns
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
-    return tuple(gathered(*kept) for kept in prefilled)
+    return _by_column(gathered, prefilled)
+
+
+def extent(caches: Caches) -> tuple[int, int]:
+    """Returns the (rows, columns) of caches."""
+    keys = jax.tree.leaves(caches)[0]
+    return keys.shape[0], keys.shape[-1]
+
+
+def _by_column(fn: Callable[..., chex.Array], *caches: Caches) -> Caches:
+    """Applies a function to every array of one or more caches; it is told at which axis the columns lie."""
+    keys = jax.tree.map(lambda first, *rest: fn(first, *rest, axis=first.ndim - 1), *[[keys for keys, _ in each] for each in caches])
+    values = jax.tree.map(functools.partial(fn, axis=2), *[[values for _, values in each] for each in caches])
+    return tuple(zip(keys, values, strict=True))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def put_prompt(prefix: Caches, prefilled: Caches, block: chex.Array, place: chex.Array, prompt: chex.Array) -> Caches:
     """Returns `prefix`, of `gather_prompts`, with another prompt at a block's place; the three are int32 scalars."""
 
-    def put(held: tuple[chex.Array, chex.Array], kept: tuple[chex.Array, chex.Array]) -> tuple[chex.Array, ...]:
-        start = place * kept[0].shape[-1]
-        new = [jax.lax.dynamic_slice_in_dim(x, prompt, 1, axis=0) for x in kept]
-        keys = jax.lax.dynamic_update_slice(held[0], new[0], (block, 0, 0, start))
-        return keys, jax.lax.dynamic_update_slice(held[1], new[1], (block, 0, start, 0))
+    def put(held: chex.Array, kept: chex.Array, axis: int) -> chex.Array:
+        start = [block] + [0] * (held.ndim - 1)
+        start[axis] = place * kept.shape[axis]
+        return jax.lax.dynamic_update_slice(held, jax.lax.dynamic_slice_in_dim(kept, prompt, 1, axis=0), start)
 
-    return tuple(put(*pair) for pair in zip(prefix, prefilled, strict=True))
+    return _by_column(put, prefix, prefilled)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def empty_caches(model: Transformer, rows: int, width: int) -> Caches:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty_caches(model: Transformer, storage: str, rows: int, width: int) -> Caches:
     """Returns room for `width` tokens of each of `rows` slots."""
     c = model.config
     keys, values = [(rows, c.num_kv_heads, *shape) for shape in ((c.head_dim, width), (width, c.head_dim))]
-    return tuple((jnp.zeros(keys, model.dtype), jnp.zeros(values, model.dtype)) for _ in range(c.num_layers))
+    return tuple(keep(jnp.zeros(keys, model.dtype), jnp.zeros(values, model.dtype), storage) for _ in range(c.num_layers))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def widen(caches: Caches, width: int) -> Caches:
-    """Returns the caches with room for `width` tokens."""
+def resize(caches: Caches, width: int, first: chex.Array) -> Caches:
+    """Returns a ring of `width` columns that begins with column `first`, int32 scalar, of the old one and goes on as that did."""
 
-    def padded(x: chex.Array, axis: int) -> chex.Array:
+    def turned(x: chex.Array, axis: int) -> chex.Array:
+        x = jnp.roll(x, -first, axis=axis)
+        if width <= x.shape[axis]:
+            return jax.lax.slice_in_dim(x, 0, width, axis=axis)
         return jnp.pad(x, [(0, width - size if place == axis else 0) for place, size in enumerate(x.shape)])
 
-    return tuple((padded(keys, 3), padded(values, 2)) for keys, values in caches)
+    return _by_column(turned, caches)
 
 
 @jax.jit
@@ -179,7 +203,7 @@ def take_rows(tree: Any, rows: chex.Array) -> Any:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5, 7))
 def decode(
     model: Transformer, settings: Any, places: int, weights: Any, prefix: Caches, caches: Caches, slots: SlotState, drawn: Drawn,
-    key: chex.PRNGKey, step: chex.Array, until: Until,
+    key: chex.PRNGKey, step: chex.Array, origin: chex.Array, until: Until,
 ) -> tuple[Caches, SlotState, Drawn, chex.Array]:
     """Draws tokens, step after step, until the host has something to do.
 
@@ -189,19 +213,19 @@ def decode(
         places: prompts that each block holds.
         weights: of `lay_out`.
         prefix: the prompts of the blocks, rows B / rows per block.
-        caches: the ring, `width` columns; narrower than `drawn` as long as no step was greater.
+        caches: the ring, `width` columns: step s writes column (s - origin) mod width. No running slot may become older than `width` tokens.
         slots: what the slots work on.
         drawn: what they have drawn, size = max_new_tokens columns.
         key: names the random stream; token i of completion n is drawn with fold_in(fold_in(key, n), i).
-        step: int32 scalar, steps since the rings were empty.
+        step: int32 scalar, steps since the first.
+        origin: int32 scalar, the step that wrote, or would have written, the ring's column 0.
         until: when to come back.
 
     Returns:
         (caches, slots, drawn, step), the first and the third in the memory of those that were given.
     """  # fmt: skip
     chex.assert_equal_shape([*jax.tree.leaves(slots)])
-    width, size = caches[0][0].shape[-1], drawn.tokens.shape[1]
-    blocks, held = prefix[0][0].shape[0], prefix[0][0].shape[-1]
+    (_, width), (blocks, held), size = extent(caches), extent(prefix), drawn.tokens.shape[1]
     length = held // places
     columns, in_block = jnp.arange(width, dtype=jnp.int32)[None, :], jnp.arange(held, dtype=jnp.int32)[None, :]
     of_prompt = (in_block // length == slots.places[:, None]) & (in_block % length < slots.prompt_lengths[:, None] - 1)
@@ -211,13 +235,15 @@ def decode(
 
     def one(carry: Any) -> Any:
         caches, slots, drawn, step = carry
-        column, own = step % size, (step - columns) % size <= slots.ages[:, None]
-        logits, caches = _forward(model, weights, prefix, caches, slots, take_rows(angles, slots.positions), of_prompt, own, column)
+        column, place = (step - origin) % width, step % size
+        own = (column - columns) % width <= slots.ages[:, None]
+        at = take_rows(angles, slots.positions)
+        logits, caches = _forward(model, settings.cache, weights, prefix, caches, slots, at, of_prompt, own, column)
         uniforms = jax.vmap(lambda k, i: jax.random.uniform(jax.random.fold_in(k, i), dtype=logits.dtype))(keys, slots.ages)
         tokens, log_probs = sampler.sample(logits, uniforms, settings.support)
         running = slots.running
         drawn = Drawn(
-            tokens=_write(drawn.tokens, tokens, running, column), log_probs=_write(drawn.log_probs, log_probs.astype(jnp.float32), running, column)
+            tokens=_write(drawn.tokens, tokens, running, place), log_probs=_write(drawn.log_probs, log_probs.astype(jnp.float32), running, place)
         )
         stopped = functools.reduce(jnp.logical_or, [tokens == s for s in settings.stop_ids], jnp.zeros_like(running))
         ages = slots.ages + running.astype(jnp.int32)
@@ -238,16 +264,16 @@ def decode(
     return jax.lax.while_loop(unfinished, one, (caches, slots, drawn, step))
 
 
-def _forward(model, weights, prefix, caches, slots, angles, of_prompt, own, column):
+def _forward(model, storage, weights, prefix, caches, slots, angles, of_prompt, own, column):
     """Returns (logits [B, V] of one step, caches with its keys and values)."""
-    x, kept = jnp.take(weights["embedding"], slots.inputs[:, None], axis=0), []
-    for layer, (cached_keys, cached_values), shared in zip(weights["layers"], caches, prefix, strict=True):
+    x, kept = quantised.take(weights["embedding"], slots.inputs[:, None], model.dtype), []
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=column)
+    for layer, cached, shared in zip(weights["layers"], caches, prefix, strict=True):
 
-        def attention(query, keys, values, cached_keys=cached_keys, cached_values=cached_values, shared=shared):
+        def attention(query, keys, values, cached=cached, shared=shared):
             # Written first and read after: a cache that is read and then written would be copied.
-            keys = jax.lax.dynamic_update_slice_in_dim(cached_keys, keys, column, axis=3)
-            values = jax.lax.dynamic_update_slice_in_dim(cached_values, values, column, axis=2)
-            return layers.attend(query, [(*shared, of_prompt[:, None]), (keys, values, own[:, None])]), (keys, values)
+            (both,) = _by_column(write, (cached,), (keep(keys, values, storage),))
+            return layers.attend(query, [(*shared, of_prompt[:, None]), (*both, own[:, None])]), both
 
         x, both = layers.layer(model.config, layer, x, angles, attention)
         kept.append(both)

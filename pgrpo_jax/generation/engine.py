@@ -29,6 +29,9 @@ class GenerationSettings:
         pad_id: fills what lies behind the end.
         prompt_buckets: ascending padded prompt lengths, tokens; one compilation each.
         slots: completions decoded at the same time; 0 = all of a call.
+        weights: how matrices are stored meanwhile, one of `quantised.STORAGE`.
+        cache: how keys and values are stored.
+        smallest_batch: slots down to which the batch is halved when no work is left for them; one of fewer takes hardly less time.
     """
 
     max_new_tokens: int
@@ -37,6 +40,9 @@ class GenerationSettings:
     pad_id: int
     prompt_buckets: tuple[int, ...]
     slots: int = 0
+    weights: str = "model"
+    cache: str = "model"
+    smallest_batch: int = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,14 +140,17 @@ def generate(
     return out
 
 
-def arrange(num_prompts: int, completions_per_prompt: int, slots: int) -> dict[str, int]:
+def arrange(num_prompts: int, completions_per_prompt: int, slots: int, *, short: bool) -> dict[str, int]:
     """Returns how many blocks there are, of how many rows, and how many prompts each holds.
 
-    With a slot for every completion a block answers one prompt to its end. Otherwise it holds two, so that the next prompt's completions begin
-    while the last of the one before are still under way.
+    With a slot for every completion a block answers one prompt to its end. With fewer and `short` prompts, whose caches are read sooner than
+    those of completions, each slot is a block of its own and takes whichever completion comes next. Otherwise a block's slots share two
+    prompts, so that the next one's completions begin while the last of the one before are still under way.
     """
     if slots == 0 or slots >= num_prompts * completions_per_prompt:
         return {"blocks": num_prompts, "rows_per_block": completions_per_prompt, "places": 1}
+    if short:
+        return {"blocks": slots, "rows_per_block": 1, "places": 1}
     rows_per_block = min(completions_per_prompt, slots)
     return {"blocks": max(1, slots // rows_per_block), "rows_per_block": rows_per_block, "places": 2}
 
@@ -151,17 +160,17 @@ class _Run:
 
     def __init__(self, model, params, prompts, lengths, key, limits, settings):
         self._model, self._settings, self._key = model, settings, key
-        self._arrangement = arrange(*limits.shape, settings.slots)
+        self._arrangement = arrange(*limits.shape, settings.slots, short=prompts.shape[1] <= settings.max_new_tokens)
         last = np.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
-        self._slots = Slots(lengths, last, limits, **self._arrangement)
+        self._slots = Slots(lengths, last, limits, **self._arrangement, smallest=settings.smallest_batch)
         size, rows = settings.max_new_tokens, len(self._slots.began)
-        self._widths = [width for width in range(_columns(size), size, _columns(size))] + [size]
-        self._step = 0
-        self._weights = decoding.lay_out(model, params)
-        self._prefilled = decoding.prefill(model, self._weights, prompts)
+        self._widths = [*range(_columns(size), size, _columns(size)), size]
+        self._width, self._step, self._origin = self._widths[0], 0, 0
+        self._weights = decoding.lay_out(model, params, settings.weights)
+        self._prefilled = decoding.prefill(model, settings.cache, self._weights, prompts)
         self._slots.refill(0)
         self._prefix = decoding.gather_prompts(self._prefilled, np.maximum(self._slots.table, 0))
-        self._caches = decoding.empty_caches(model, rows, self._widths[0])
+        self._caches = decoding.empty_caches(model, settings.cache, rows, self._width)
         self._drawn = decoding.Drawn(tokens=np.zeros((rows, size), np.int32), log_probs=np.zeros((rows, size), np.float32))
         count = limits.size
         self.completions = Completions(
@@ -175,14 +184,14 @@ class _Run:
         """Decodes until something is to be decided, and decides it; returns whether anything is still running."""
         slots, running = self._slots, self._slots.state.running
         per_block, blocks = slots.smaller()
-        last = self._widths[0] if len(self._widths) > 1 else np.iinfo(np.int32).max
+        last = self._step + self._width - slots.oldest()
         fewest = running.sum() - max(1, len(running) // _REFILL_SHARE) if slots.waiting else 0
         until = decoding.Until(**{
             name: np.int32(value) for name, value in {"step": last, "running": fewest, "per_block": per_block, "blocks": blocks}.items()
         })  # fmt: skip
         self._caches, state, self._drawn, step = decoding.decode(
             self._model, self._settings, self._arrangement["places"], self._weights, self._prefix, self._caches, slots.state, self._drawn,
-            self._key, np.int32(self._step), until,
+            self._key, np.int32(self._step), np.int32(self._origin), until,
         )  # fmt: skip
         state, drawn, step = jax.device_get((state, self._drawn, step))
         self._step = int(step)
@@ -208,11 +217,22 @@ class _Run:
         while slots.state.running.any() and (kept := slots.shrink()) is not None:
             rows, blocks = kept
             self._caches, self._drawn = decoding.take_rows((self._caches, self._drawn), rows)
-            if len(blocks) < self._prefix[0][0].shape[0]:
+            if len(blocks) < decoding.extent(self._prefix)[0]:
                 self._prefix = decoding.take_rows(self._prefix, blocks)
-        if len(self._widths) > 1 and self._step >= self._widths[0]:
-            self._widths.pop(0)
-            self._caches = decoding.widen(self._caches, self._widths[0])
+        self._resize()
+
+    def _resize(self) -> None:
+        """Makes the caches wider when the oldest completion fills them, and narrower when all that are under way are young."""
+        age, before = self._slots.oldest(), self._width
+        if age == before:
+            self._width = next(width for width in self._widths if width > age)
+        elif self._slots.waiting:
+            enough = next(width for width in self._widths if width >= min(age + self._widths[0] // 2, before))
+            self._width = enough if enough <= before // 2 else before
+        if self._width != before:
+            first = self._step - age
+            self._caches = decoding.resize(self._caches, self._width, np.int32((first - self._origin) % before))
+            self._origin = first
 
 
 def _columns(size: int) -> int:

@@ -8,9 +8,6 @@ import numpy as np
 
 from pgrpo_jax.generation.decoding import SlotState
 
-FEWEST_ROWS = 16  # a batch of fewer takes hardly less time
-
-
 class Slots:
     """B slots and the completions that wait for one. Prompt p has the completions p * G ... p * G + G - 1.
 
@@ -21,6 +18,7 @@ class Slots:
         blocks: blocks.
         rows_per_block: slots in each.
         places: prompts that a block holds.
+        smallest: the batch is not made smaller than this.
 
     Attributes:
         state: what the slots work on; NumPy arrays.
@@ -29,9 +27,10 @@ class Slots:
     """
 
     def __init__(
-        self, prompt_lengths: np.ndarray, last_tokens: np.ndarray, limits: np.ndarray, *, blocks: int, rows_per_block: int, places: int
-    ):
-        rows = blocks * rows_per_block
+        self, prompt_lengths: np.ndarray, last_tokens: np.ndarray, limits: np.ndarray, *, blocks: int, rows_per_block: int, places: int,
+        smallest: int,
+    ):  # fmt: skip
+        rows, self._smallest = blocks * rows_per_block, smallest
         self._prompt_lengths, self._last_tokens, self._limits = prompt_lengths, last_tokens, limits
         # Of equal limits the first comes first.
         self._waiting = [np.argsort(-of_prompt, kind="stable").tolist() for of_prompt in limits]
@@ -46,6 +45,10 @@ class Slots:
     def waiting(self) -> int:
         """Completions that no slot has taken up yet."""
         return sum(map(len, self._waiting))
+
+    def oldest(self) -> int:
+        """Returns the tokens that the oldest running slot has drawn."""
+        return int(self.state.ages.max(where=self.state.running, initial=0))
 
     def refill(self, step: int) -> list[tuple[int, int, int]]:
         """Gives every slot that has ended the next completion its block can take up.
@@ -100,7 +103,7 @@ class Slots:
     def smaller(self) -> tuple[int, int]:
         """Returns (slots per block, blocks) of half the batch, 0 for what can not be halved: running ones must fit into one of the two."""
         rows, blocks = len(self.began), len(self.table)
-        if self.waiting or rows // 2 < FEWEST_ROWS:
+        if self.waiting or rows // 2 < self._smallest:
             return 0, 0
         return (self._rows_per_block // 2 if self._rows_per_block % 2 == 0 else 0), (blocks // 2 if blocks % 2 == 0 else 0)
 

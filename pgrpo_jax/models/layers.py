@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pgrpo_jax.models.families import ModelConfig
+from pgrpo_jax.models.quantised import Quantised, read, Stored
 
 
 def rotation(positions: chex.Array, config: ModelConfig, dtype: Any) -> tuple[chex.Array, chex.Array]:
@@ -38,32 +39,36 @@ def rotate(x: chex.Array, angles: tuple[chex.Array, chex.Array]) -> chex.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def attend(query: chex.Array, parts: Sequence[tuple[chex.Array, chex.Array, chex.Array]]) -> chex.Array:
+def attend(query: chex.Array, parts: Sequence[tuple[Stored, Stored, chex.Array]]) -> chex.Array:
     """Grouped-query attention over several parts of a context, with one softmax over all of them.
 
     Args:
         query: [B, T, H, Dh].
-        parts: (keys [Bs, Hkv, Dh, S], values [Bs, Hkv, S, Dh], mask [B or Bs or 1, T or 1, S] bool); Bs divides B.
+        parts: (keys [Bs, Hkv, Dh, S], values [Bs, Hkv, S, Dh], mask [B or Bs or 1, T or 1, S] bool); Bs divides B. Keys and values may be
+            stored in less room, each token's vector with a scale.
 
     Returns:
         [B, T, H, Dh], the dtype of query; scores and softmax in float32 or wider.
     """
     batch, length, heads, head_dim = query.shape
-    kv_heads, exact, scores = parts[0][0].shape[1], wide(query.dtype), []
+    read_parts = [(*read(keys, query.dtype), *read(values, query.dtype), mask) for keys, values, mask in parts]
+    kv_heads, exact, scores = read_parts[0][0].shape[1], wide(query.dtype), []
     grouped = (kv_heads, heads // kv_heads, length)  # query heads that share a key head lie next to each other
     query = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
-    for keys, _, mask in parts:
+    for keys, scales, _, _, mask in read_parts:
         rows, size = keys.shape[0], keys.shape[-1]
         s = jnp.matmul(_by_row(query, rows), keys, preferred_element_type=exact) * jnp.asarray(head_dim**-0.5, exact)
+        s = s if scales is None else s * scales.astype(exact)[:, :, None, :]
         s = s.reshape(rows, kv_heads, batch // rows, heads // kv_heads, length, size)
         mask = mask.reshape(rows, -1, *mask.shape[1:]) if len(mask) == batch else mask[:, None]
         s = jnp.where(mask[:, None, :, None, :, :], s, jnp.asarray(jnp.finfo(exact).min, exact))
         scores.append(s.swapaxes(1, 2).reshape(batch, *grouped, size))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
     outputs, start = [], 0
-    for keys, values, _ in parts:
-        rows, size = keys.shape[0], keys.shape[-1]
-        out = jnp.matmul(_by_row(weights[..., start : start + size], rows), values)
+    for _, _, values, scales, _ in read_parts:
+        rows, size = values.shape[0], values.shape[2]
+        part = _by_row(weights[..., start : start + size], rows)
+        out = jnp.matmul(part if scales is None else part * scales[:, :, None, :], values)
         out = out.reshape(rows, kv_heads, batch // rows, heads // kv_heads, length, head_dim)
         outputs.append(out.swapaxes(1, 2).reshape(batch, *grouped, head_dim))
         start += size
@@ -97,9 +102,17 @@ def wide(dtype: Any) -> Any:
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
+def linear(x: chex.Array, weight: Stored) -> chex.Array:
+    """A matmul [B, T, D] x [D, ...] -> [B, T, ...]; a weight may be stored in less room, each output with a scale (then it has no gradient)."""
+    if isinstance(weight, Quantised):
+        integers, scales = read(weight, x.dtype)
+        return jnp.tensordot(x, integers, 1) * scales[None, None]
+    return _linear(x, weight.astype(x.dtype))
+
+
 @jax.custom_vjp
-def linear(x: chex.Array, weight: chex.Array) -> chex.Array:
-    """A matmul [B, T, D] x [D, ...] -> [B, T, ...] whose gradient is laid out by hand.
+def _linear(x: chex.Array, weight: chex.Array) -> chex.Array:
+    """The matmul of `linear`, whose gradient is laid out by hand.
 
     The weight's gradient is computed as xᵀ·dy, in the weight's own order: by itself JAX makes dyᵀ·x and turns it over, and XLA then writes dy,
     which is the wider of the two in an MLP, in turned order (a fifth of an update's time on a CPU).
@@ -108,7 +121,7 @@ def linear(x: chex.Array, weight: chex.Array) -> chex.Array:
 
 
 def _linear_forward(x: chex.Array, weight: chex.Array) -> tuple[chex.Array, tuple[chex.Array, chex.Array]]:
-    return linear(x, weight), (x, weight)
+    return _linear(x, weight), (x, weight)
 
 
 def _linear_backward(kept: tuple[chex.Array, chex.Array], dy: chex.Array) -> tuple[chex.Array, chex.Array]:
@@ -117,7 +130,7 @@ def _linear_backward(kept: tuple[chex.Array, chex.Array], dy: chex.Array) -> tup
     return jnp.tensordot(dy, weight, axes), jnp.tensordot(x, dy, ((0, 1), (0, 1)))
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
 
 
 # (queries [B, T, H, Dh], keys [B, Hkv, Dh, T], values [B, Hkv, T, Dh]) -> (attended [B, T, H, Dh], what the layer returns beside it)
@@ -135,14 +148,15 @@ def attention_over(parts: Sequence[tuple[chex.Array, chex.Array, chex.Array]]) -
 
 
 def layer(
-    config: ModelConfig, weights: Mapping[str, chex.Array], x: chex.Array, angles: tuple[chex.Array, chex.Array], attention: Attention
+    config: ModelConfig, weights: Mapping[str, Stored], x: chex.Array, angles: tuple[chex.Array, chex.Array], attention: Attention
 ) -> tuple[chex.Array, Any]:
     """One layer: attention, then a gated MLP; both residual, pre-normalised.
 
     Args:
         config: the model's sizes.
-        weights: of `families.parameter_shapes`, without the axis of layers, in the dtype of x; or of `decoding.lay_out`, which has
-            "query_key_value" [D, Hkv, H/Hkv + 2, Dh] and "gate_up" [D, 2, F] in place of the five matrices they are made of.
+        weights: of `families.parameter_shapes`, without the axis of layers, in the dtype of x, "output" as one matrix [H·Dh, D]; or of
+            `decoding.lay_out`, which has "query_key_value" [D, Hkv, H/Hkv + 2, Dh] and "gate_up" [D, 2, F] in place of the five matrices
+            they are made of.
         x: [B, T, D].
         angles: of `rotation`.
         attention: what the tokens attend to.
@@ -159,7 +173,7 @@ def layer(
         query, keys, values = [linear(h, weights[name]) for name in ("query", "key", "value")]
     query, keys = rotate(query, angles), rotate(keys, angles)
     attended, kept = attention(query, keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2))
-    x = x + linear(attended.reshape(*x.shape[:2], -1), weights["output"].reshape(-1, config.width))
+    x = x + linear(attended.reshape(*x.shape[:2], -1), weights["output"])
 
     h = rms_norm(x, weights["mlp_norm"], epsilon=config.norm_epsilon)
     if "gate_up" in weights:

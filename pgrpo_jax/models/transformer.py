@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pgrpo_jax.models import layers
+from pgrpo_jax.models import layers, quantised
 from pgrpo_jax.models.families import ModelConfig
 
 
@@ -71,6 +71,7 @@ class Block(nn.Module):
         }
         weights = {name: self.param(name, *what) for name, what in shapes.items()}
         weights = {name: w if "norm" in name else w.astype(self.dtype) for name, w in weights.items()}
+        weights["output"] = weights["output"].reshape(-1, c.width)
         parts = [(k, v, mask[:, None, :]) for (k, v), mask in zip(contexts, masks, strict=True)]
         return layers.layer(c, weights, x, angles, layers.attention_over(parts))
 
@@ -132,12 +133,14 @@ def forward(model: Transformer, params: Any, tokens: chex.Array, positions: chex
 
 
 def logits(params: Any, hidden: chex.Array) -> chex.Array:
-    """Returns next-token logits [B, T, V] of hidden states [B, T, D], summed and kept in float32 or wider.
+    """Returns next-token logits [B, T, V] of hidden states [B, T, D], summed and kept in float32 or wider; weights may be `quantised.Stored`.
 
     Rounded to bfloat16, a logit of 20 would move in steps of 1/8, and many tokens would tie.
     """
     equation, head = ("btd,dv->btv", params["head"]) if "head" in params else ("btd,vd->btv", params["embedding"])
-    return jnp.einsum(equation, hidden, head.astype(hidden.dtype), preferred_element_type=layers.wide(hidden.dtype))
+    head, scales = quantised.read(head, hidden.dtype)
+    found = jnp.einsum(equation, hidden, head, preferred_element_type=layers.wide(hidden.dtype))
+    return found if scales is None else found * scales.astype(found.dtype)[None, None]
 
 
 def prefill(model: Transformer, params: Any, prompts: chex.Array, lengths: chex.Array) -> Segment:

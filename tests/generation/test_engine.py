@@ -183,7 +183,7 @@ def run_of(prompts, what, *, completions_per_prompt, seed=0, limits=None):
     limits = np.full(shape, what.max_new_tokens, np.int32) if limits is None else limits
     run = engine._Run(TINY, PARAMS, padded, lengths, jax.random.key(seed), limits, what)
     nothing = decoding.Until(step=np.int32(99), running=np.int32(0), per_block=np.int32(0), blocks=np.int32(0))
-    arguments = (run._weights, run._prefix, run._caches, run._slots.state, run._drawn, run._key, np.int32(0), nothing)
+    arguments = (run._weights, run._prefix, run._caches, run._slots.state, run._drawn, run._key, np.int32(0), np.int32(0), nothing)
     return run, (TINY, what, run._arrangement["places"], *arguments)
 
 
@@ -210,7 +210,7 @@ def test_each_prompt_is_computed_once_and_decoding_is_one_loop_on_the_device():
     project, rest = c.width * c.head_dim * (c.num_heads + 2 * c.num_kv_heads), c.width * (c.num_heads * c.head_dim + 3 * c.mlp_width)
     for g in (1, 5):
         run, arguments = run_of(PROMPTS, settings(), completions_per_prompt=g)
-        prefill = decoding.prefill.trace(TINY, run._weights, np.zeros((p, length), np.int32)).jaxpr
+        prefill = decoding.prefill.trace(TINY, "model", run._weights, np.zeros((p, length), np.int32)).jaxpr
         prefill, _ = jax.interpreters.partial_eval.dce_jaxpr(prefill.jaxpr, [True] * len(prefill.jaxpr.outvars))
         attention = 2 * c.num_heads * c.head_dim
         once = (c.num_layers - 1) * p * length * (rest + attention * length) + c.num_layers * p * length * project
@@ -255,12 +255,13 @@ def alone(prompt, limit, n, *, seed, what):
     return tokens, scores
 
 
-@pytest.mark.parametrize("slots, completions_per_prompt", [(4, 4), (8, 4), (2, 4), (12, 3), (3, 1), (1, 2), (0, 4)])
-def test_refilled_slots_draw_what_each_completion_draws_alone(slots, completions_per_prompt):
-    """Six prompts of uneven lengths, limits from 1 to 40 tokens, stop tokens: the ring goes round several times."""
+@pytest.mark.parametrize("slots, completions_per_prompt, bucket", [(4, 4, 12), (8, 4, 41), (2, 4, 41), (12, 3, 41), (3, 1, 12), (1, 2, 12), (0, 4, 12)])
+def test_refilled_slots_draw_what_each_completion_draws_alone(slots, completions_per_prompt, bucket):
+    """Six prompts of uneven lengths, limits from 1 to 40 tokens, stop tokens: the ring goes round several times. Prompts in a bucket above 40 are
+    shared in blocks."""
     rng = np.random.default_rng(slots)
     prompts = [rng.integers(3, 23, length).tolist() for length in (1, 5, 3, 2, 5, 4)]
-    what = settings(max_new_tokens=40, stop_ids=(0,), slots=slots)
+    what = settings(max_new_tokens=40, stop_ids=(0,), slots=slots, prompt_buckets=(bucket,))
     limits = rng.integers(1, 41, (6, completions_per_prompt)).astype(np.int32)
     padded, lengths = engine.pad_prompts(prompts, buckets=what.prompt_buckets, pad_id=what.pad_id)
     out = engine.generate(
@@ -292,6 +293,56 @@ def test_caches_grow_and_the_batch_shrinks_while_completions_end(monkeypatch):
     assert {rows for rows, _ in seen} == {64, 32, 16} and {width for _, width in seen} == {32, 64, 96, 100}
     np.testing.assert_array_equal(out.lengths, limits.reshape(-1))
     np.testing.assert_allclose(out.log_probs, uncached(TINY, PARAMS, prompts, out), atol=1e-5)
+
+
+def test_caches_become_narrow_again_when_old_completions_have_made_room(monkeypatch):
+    """16 slots: 4 of the first lap end at token 90, 12 at 100; then the oldest has drawn 10, and 32 columns are enough until it has 32."""
+    widths, original = [], decoding.decode
+
+    def watched(*arguments):
+        widths.append(decoding.extent(arguments[5])[1])
+        return original(*arguments)
+
+    monkeypatch.setattr(decoding, "decode", watched)
+    limits = np.array([[100] * 4, [100] * 4, [100] * 4, [90] * 4] + [[70] * 4] * 4 + [[5] * 4], np.int32)
+    prompts = [*PROMPTS, [4, 4], [5], [6, 1], [7, 7, 7], [9, 8], [3, 2]]
+    padded, lengths = engine.pad_prompts(prompts, buckets=(5,), pad_id=2)
+    what = settings(max_new_tokens=100, stop_ids=(), slots=16)
+    out = engine.generate(TINY, PARAMS, padded, lengths, jax.random.key(1), completions_per_prompt=4, settings=what, limits=limits)
+    assert [width for width, _ in itertools.groupby(widths)] == [32, 64, 96, 100, 32, 64, 96]
+    np.testing.assert_array_equal(out.lengths, limits.reshape(-1))
+    np.testing.assert_allclose(out.log_probs, uncached(TINY, PARAMS, prompts, out), atol=1e-5)
+
+
+def rounded(params, storage):
+    """Parameters as they come back from storage: each output of a matrix, each token of a table, is a vector with a scale."""
+    axes = {"query": (1,), "key": (1,), "value": (1,), "output": (1, 2), "gate": (1,), "up": (1,), "down": (1,)}
+
+    def there_and_back(x, along):
+        if storage == "bfloat16":
+            return x.astype(jnp.bfloat16).astype(np.float32)
+        scales = np.abs(x).max(axis=along, keepdims=True) / np.float32(127)
+        return np.rint(x / scales) * scales
+
+    inner = {name: there_and_back(x, axes[name]) if name in axes else x for name, x in params["layers"].items()}
+    return params | {"layers": inner, "embedding": there_and_back(params["embedding"], (1,))}
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+def test_stored_weights_are_those_that_come_back(storage):
+    what = settings(max_new_tokens=30, stop_ids=(), weights=storage, slots=4)
+    out = generate(PROMPTS, what)
+    np.testing.assert_allclose(out.log_probs, uncached(TINY, rounded(PARAMS, storage), PROMPTS, out), atol=2e-5)
+    assert np.abs(out.log_probs - uncached(TINY, PARAMS, PROMPTS, out)).max() > 1e-3
+
+
+@pytest.mark.parametrize("storage, nearest, farthest", [("bfloat16", 1e-4, 0.1), ("int8", 1e-3, 0.3)])
+@pytest.mark.parametrize("slots", [0, 4])
+def test_stored_caches_are_near_exact_ones(storage, nearest, farthest, slots):
+    """What attention reads of them is exact in test_quantised; here they are filled, gathered, moved and turned round."""
+    out = generate(PROMPTS, settings(max_new_tokens=50, stop_ids=(), cache=storage, slots=slots))
+    gaps = np.abs(out.log_probs - uncached(TINY, PARAMS, PROMPTS, out))
+    assert nearest < gaps.max() < farthest and gaps.mean() < farthest / 10
 
 
 def test_limits_out_of_bounds_are_refused():

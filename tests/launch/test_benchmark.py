@@ -217,16 +217,18 @@ def test_ragged_completions_are_refilled_or_generated_batch_by_batch(monkeypatch
     monkeypatch.setattr(generation, "SLOTS", 8)
     done, sampled = [], generation.sampled
 
-    def watched(*arguments):
-        out = sampled(*arguments)
-        done.append((out.lengths.tolist(), generation.engine_settings(job).slots))
+    def watched(*arguments, **changes):
+        out, what = sampled(*arguments, **changes), generation.engine_settings(job, **changes)
+        done.append((out.lengths.tolist(), what.slots, what.smallest_batch))
         return out
 
     monkeypatch.setattr(generation, "sampled", watched)
     limits = job.limits(5).tolist()
-    assert generation.ours(job)(5)["generation_tokens_per_sec"] > 0 and done == [(limits, 8)]
+    assert generation.ours(job)(5)["generation_tokens_per_sec"] > 0 and done == [(limits, 8, 16)]
     done.clear()
-    assert generation.batches(job)(5)["generation_tokens_per_sec"] > 0 and done == [(limits[:8], 8), (limits[8:], 8)]
+    for without_refill, smallest in ((generation.batches, 8), (generation.halved_batches, 16)):
+        assert without_refill(job)(5)["generation_tokens_per_sec"] > 0 and done == [(limits[:8], 8, smallest), (limits[8:], 8, smallest)]
+        done.clear()
     monkeypatch.setattr(generation, "sampled", sampled)
     monkeypatch.setattr(generation.engine, "generate", lambda *_, **named: types.SimpleNamespace(lengths=named["limits"].reshape(-1) - 1))
     with pytest.raises(ValueError, match=f"generated {sum(limits) - 12} tokens: not the {sum(limits)} that were asked for"):
@@ -296,9 +298,14 @@ def test_cold_starts_are_with_an_empty_and_with_a_warm_cache(driver, monkeypatch
     monkeypatch.setattr(peers.Contestant, "round", lambda self, seed: seen.append((self._name, inner(self, seed))) or seen[-1][1])
     found = contests.hold(contest, SMALL, rounds=1, against=["small"])
     assert [(name, answer["warm"]) for name, answer in seen[:3]] == [("pgrpo_jax", False), ("pgrpo_jax", True), ("small", False)]
-    kinds = [name for name in found.quantities if "cold start" in name]
+    less = {name: values for name, values in found.quantities.items() if "less a usual step" in name}
+    kinds = [name for name in found.quantities if "cold start" in name and name not in less]
     caches = [f"pgrpo_jax, cold start with {cache} compilation cache, s" for cache in ("an empty", "a warm")]
     assert kinds == [*caches, "small, cold start, s"] and all(found.quantities[name][0] > 0.2 for name in kinds)
+    for name in kinds:
+        step = found.quantities[name.split(",")[0] + ", s"][0]  # of the one round
+        assert less[name.replace(", s", " less a usual step, s")] == [found.quantities[name][0] - step]
+    assert len(less) == 3
     without = contests.hold(dataclasses.replace(contest, cold_starts=False), SMALL, rounds=1, against=[])
     assert [name for name in without.quantities if "cold start" in name] == ["pgrpo_jax, cold start, s"]
     monkeypatch.setenv("ENDS_IN", "0")
