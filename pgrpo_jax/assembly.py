@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from pgrpo_jax import algorithm_settings, kl_control, parallel, settings
 from pgrpo_jax.actor import Actor, Sizes
 from pgrpo_jax.algorithms import memory
+from pgrpo_jax.buckets import bucket_length
 from pgrpo_jax.checkpoints import Checkpoints
-from pgrpo_jax.generation.engine import bucket_length
 from pgrpo_jax.learner import Learner
 from pgrpo_jax.models import tokenizer as tokenizers
 from pgrpo_jax.models import families, transformer, weights

@@ -5,6 +5,7 @@ from typing import Sequence
 import jax
 import numpy as np
 
+from pgrpo_jax.buckets import completion_widths
 from pgrpo_jax.structs import Rollouts, TrainBatch
 
 
@@ -47,6 +48,8 @@ def check(rollouts: Sequence[Rollouts], *, num_preference_groups: int, version: 
 def to_train_batch(rollouts: Sequence[Rollouts], *, completions_per_prompt: int, pad_id: int) -> TrainBatch:
     """Joins rollouts into one batch with `completions_per_prompt` rows for every prompt, padded where there are fewer.
 
+    Completions are cut behind the longest, to one of `buckets.completion_widths`: where all have ended early the rest costs nothing.
+
     Args:
         rollouts: in canonical order.
         completions_per_prompt: G, rows each prompt gets.
@@ -60,7 +63,8 @@ def to_train_batch(rollouts: Sequence[Rollouts], *, completions_per_prompt: int,
     """
     width = max(r.prompts.shape[1] for r in rollouts)
     prompts = np.concatenate([np.pad(r.prompts, ((0, 0), (0, width - r.prompts.shape[1])), constant_values=pad_id) for r in rollouts])
-    num_prompts, size = len(prompts), rollouts[0].completions.shape[1]
+    longest = max(int(r.completion_lengths.max(initial=0)) for r in rollouts)
+    num_prompts, size = len(prompts), next(width for width in completion_widths(rollouts[0].completions.shape[1]) if width >= longest)
     order = completion_rows(rollouts, completions_per_prompt=completions_per_prompt)
     count = num_prompts * completions_per_prompt
     lengths = _at(order, count, [r.completion_lengths for r in rollouts])
@@ -68,10 +72,10 @@ def to_train_batch(rollouts: Sequence[Rollouts], *, completions_per_prompt: int,
         prompts=prompts,
         prompt_lengths=np.concatenate([r.prompt_lengths for r in rollouts]),
         preference_ids=np.array([p.preference_id for r in rollouts for p in r.prompt_records], np.int32),
-        completions=_at(order, count, [r.completions for r in rollouts], fill=pad_id),
+        completions=_at(order, count, [r.completions[:, :size] for r in rollouts], fill=pad_id),
         completion_mask=np.arange(size)[None, :] < lengths[:, None],
         prompt_index=np.repeat(np.arange(num_prompts, dtype=np.int32), completions_per_prompt),
-        behaviour_log_probs=_at(order, count, [r.behaviour_log_probs for r in rollouts]),
+        behaviour_log_probs=_at(order, count, [r.behaviour_log_probs[:, :size] for r in rollouts]),
         rewards=_at(order, count, [r.rewards for r in rollouts]),
         valid=_at(order, count, [np.ones(len(r.rewards), bool) for r in rollouts]),
     )

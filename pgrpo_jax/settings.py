@@ -9,10 +9,10 @@ from typing import Any, Sequence
 from pgrpo_jax import algorithm_settings
 from pgrpo_jax.generation.engine import GenerationSettings
 from pgrpo_jax.generation.sampler import Support
-from pgrpo_jax.models.quantised import STORAGE
 from pgrpo_jax.kl_control import KLControl
 from pgrpo_jax.learner import LearnerSettings
 from pgrpo_jax.models.families import ModelConfig
+from pgrpo_jax.models.quantised import STORAGE
 from pgrpo_jax.models.tokenizer import Tokenizer
 from pgrpo_jax.schedule import Schedule
 from pgrpo_jax.tasks import mixture

@@ -15,7 +15,7 @@ CODE = PACKAGE + sorted((ROOT / "launch").rglob("*.py")) + sorted((ROOT / "confi
 TEXTS = CODE + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "docs").rglob("*.md")) + sorted(ROOT.glob("*.md"))
 
 FLOORS = (
-    {"structs", "algorithms"},
+    {"structs", "buckets", "algorithms"},
     {"models", "generation", "tasks", "parallel", "batching", "preemption", "rollout_files", "exchange", "schedule", "verifiers"}
     | {"digests", "weight_versions", "batch_metrics", "curation", "laboratory", "contributions", "batch_files", "compile_cache", "late_record"},
     {"controller", "checkpoints", "update", "parameter_server", "gradient_shares", "kl_control", "train_state"},

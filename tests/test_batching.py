@@ -72,6 +72,24 @@ def test_equals_a_loop(units, completions_per_prompt):
     assert dtypes == {name: np.float32 if name in floats else bool if name in bools else np.int32 for name in FIELDS}
 
 
+@pytest.mark.parametrize("longest, width", [(0, 64), (1, 64), (64, 64), (65, 128), (128, 128), (192, 192), (193, 200), (200, 200)])
+def test_completions_are_cut_behind_the_longest_of_the_step(longest, width):
+    """At most 200 tokens: widths of 64, 128, 192 and 200."""
+    units, rng = [], np.random.default_rng(longest)
+    for index, most in ((0, min(longest, 3)), (1, longest)):
+        whole = unit(index, prompts=2, width=4, counts=[2, 2], seed=index)
+        lengths = np.array([0, most, most // 2, most], np.int32)
+        tokens, scores = rng.integers(1, 20, (4, 200)).astype(np.int32), rng.normal(size=(4, 200)).astype(np.float32)
+        units.append(dataclasses.replace(whole, completions=tokens, behaviour_log_probs=scores, completion_lengths=lengths))
+    batch = batching.to_train_batch(units, completions_per_prompt=2, pad_id=29)
+    rows = batching.completion_rows(units, completions_per_prompt=2)
+    for name in ("completions", "behaviour_log_probs"):
+        np.testing.assert_array_equal(getattr(batch, name)[rows], np.concatenate([getattr(r, name)[:, :width] for r in units]))
+    lengths = np.concatenate([r.completion_lengths for r in units])
+    np.testing.assert_array_equal(batch.completion_mask[rows].sum(axis=1), lengths)
+    assert batch.completion_mask.shape == (8, width)
+
+
 def test_rows_lead_back_to_the_completions_in_canonical_order():
     units = uneven()
     batch = batching.to_train_batch(units, completions_per_prompt=4, pad_id=0)

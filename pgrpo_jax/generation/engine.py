@@ -10,12 +10,12 @@ import chex
 import jax
 import numpy as np
 
+from pgrpo_jax.buckets import bucket_length, completion_widths
 from pgrpo_jax.generation import decoding, sampler
 from pgrpo_jax.generation.slots import Slots
 from pgrpo_jax.models.transformer import Transformer
 
 _REFILL_SHARE = 32  # the host is asked for new work when one slot in so many has ended
-_FEWEST_COLUMNS = 32  # caches grow by no fewer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,20 +60,6 @@ class Completions:
     lengths: np.ndarray
     log_probs: np.ndarray
     truncated: np.ndarray
-
-
-def bucket_length(longest: int, buckets: Sequence[int]) -> int:
-    """Returns the smallest bucket that holds a prompt of `longest` tokens.
-
-    Raises:
-        ValueError: no bucket is long enough.
-    """
-    for bucket in buckets:
-        if longest <= bucket:
-            return bucket
-    raise ValueError(
-        f"prompt of {longest} tokens is longer than the largest bucket of {max(buckets)}: shorten it or extend generation.prompt_buckets"
-    )
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], *, buckets: Sequence[int], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +150,7 @@ class _Run:
         last = np.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
         self._slots = Slots(lengths, last, limits, **self._arrangement, smallest=settings.smallest_batch)
         size, rows = settings.max_new_tokens, len(self._slots.began)
-        self._widths = [*range(_columns(size), size, _columns(size)), size]
+        self._widths = completion_widths(size)
         self._width, self._step, self._origin = self._widths[0], 0, 0
         self._weights = decoding.lay_out(model, params, settings.weights)
         self._prefilled = decoding.prefill(model, settings.cache, self._weights, prompts)
@@ -233,8 +219,3 @@ class _Run:
             first = self._step - age
             self._caches = decoding.resize(self._caches, self._width, np.int32((first - self._origin) % before))
             self._origin = first
-
-
-def _columns(size: int) -> int:
-    """By how many columns the caches grow: a quarter of `size`, but never a few only."""
-    return max(_FEWEST_COLUMNS, -(-size // (4 * _FEWEST_COLUMNS)) * _FEWEST_COLUMNS)

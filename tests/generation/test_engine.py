@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from pgrpo_jax import buckets
 from pgrpo_jax.generation import decoding, engine, sampler
 from pgrpo_jax.generation.engine import GenerationSettings
 from pgrpo_jax.generation.sampler import Support
@@ -357,7 +358,7 @@ def test_prompts_are_padded_to_the_smallest_bucket_that_holds_them():
     np.testing.assert_array_equal(padded, [[5, 6], [7, 9]])
     np.testing.assert_array_equal(lengths, [2, 1])
     assert padded.dtype == lengths.dtype == np.int32
-    assert [engine.bucket_length(n, (2, 4, 9)) for n in (1, 2, 3, 4, 5, 9)] == [2, 2, 4, 4, 9, 9]
+    assert [buckets.bucket_length(n, (2, 4, 9)) for n in (1, 2, 3, 4, 5, 9)] == [2, 2, 4, 4, 9, 9]
 
 
 def test_impossible_prompts_are_refused():

@@ -1,0 +1,25 @@
+"""The lengths that arrays of tokens are padded to, few of them: each is a program of its own."""
+
+from typing import Sequence
+
+_FEWEST_COLUMNS = 32  # widths of completions are no nearer to each other
+
+
+def bucket_length(longest: int, buckets: Sequence[int]) -> int:
+    """Returns the smallest bucket that holds a prompt of `longest` tokens.
+
+    Raises:
+        ValueError: no bucket is long enough.
+    """
+    for bucket in buckets:
+        if longest <= bucket:
+            return bucket
+    raise ValueError(
+        f"prompt of {longest} tokens is longer than the largest bucket of {max(buckets)}: shorten it or extend generation.prompt_buckets"
+    )
+
+
+def completion_widths(max_new_tokens: int) -> list[int]:
+    """Returns the widths that arrays of completions come in, rising: quarters of the longest, but never a few columns more; one compilation each."""
+    columns = max(_FEWEST_COLUMNS, -(-max_new_tokens // (4 * _FEWEST_COLUMNS)) * _FEWEST_COLUMNS)
+    return [*range(columns, max_new_tokens, columns), max_new_tokens]
