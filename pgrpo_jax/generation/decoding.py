@@ -108,7 +108,8 @@ def _lay_out_layer(model: Transformer, storage: str, stacked: Any, row: chex.Arr
         "gate_up": jnp.stack([w["gate"], w["up"]], axis=1), "output": w["output"].reshape(-1, model.config.width),
         "down": w["down"],
     }  # fmt: skip
-    return {name: quantised.store(x.astype(model.dtype), storage, axis=0) for name, x in fused.items()} | {name: w[name] for name in ("attention_norm", "mlp_norm")}
+    stored = {name: quantised.store(x.astype(model.dtype), storage, axis=0) for name, x in fused.items()}
+    return stored | {name: w[name] for name in ("attention_norm", "mlp_norm")}
 
 
 def keep(keys: chex.Array, values: chex.Array, storage: str) -> tuple[Stored, Stored]:

@@ -15,7 +15,7 @@ class Quantised:
 
     Attributes:
         integers: int8, any shape.
-        scales: the dtype of the values; the shape without the axis along which the vectors lie.
+        scales: float32 or wider, the shape without the axis along which the vectors lie.
     """
 
     integers: chex.Array
@@ -42,6 +42,7 @@ def store(x: chex.Array, storage: str, *, axis: int) -> Stored:
         return x.astype(jnp.bfloat16)
     if storage != "int8":
         raise ValueError(f"storage {storage!r} is unknown: use one of {', '.join(STORAGE)}")
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # in half precision the greatest would round to 128
     greatest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
     scales = jnp.where(greatest > 0, greatest, jnp.ones_like(greatest)) / jnp.asarray(_GREATEST, x.dtype)
     return Quantised(integers=jnp.round(x / scales).astype(jnp.int8), scales=jnp.squeeze(scales, axis))
@@ -60,10 +61,3 @@ def take(table: Stored, rows: chex.Array, dtype: Any) -> chex.Array:
         scales = jnp.take(table.scales, rows, axis=0).astype(dtype)
         return jnp.take(table.integers, rows, axis=0).astype(dtype) * jnp.expand_dims(scales, -1)
     return jnp.take(table, rows, axis=0).astype(dtype)
-
-
-def restore(stored: Stored, dtype: Any, *, axis: int) -> chex.Array:
-    """Returns the values of `store(…, axis=axis)`."""
-    array, scales = read(stored, dtype)
-    return array if scales is None else array * jnp.expand_dims(scales, axis)
-
