@@ -42,7 +42,7 @@ def store(x: chex.Array, storage: str, *, axis: int) -> Stored:
         return x.astype(jnp.bfloat16)
     if storage != "int8":
         raise ValueError(f"storage {storage!r} is unknown: use one of {', '.join(STORAGE)}")
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # in half precision the greatest would round to 128
+    x = x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x  # in half precision the greatest would round to 128
     greatest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
     scales = jnp.where(greatest > 0, greatest, jnp.ones_like(greatest)) / jnp.asarray(_GREATEST, x.dtype)
     return Quantised(integers=jnp.round(x / scales).astype(jnp.int8), scales=jnp.squeeze(scales, axis))
