@@ -49,7 +49,7 @@ KEYS = {
     "generation.top_k": Key(0, "identity", "0 = off; the learner renormalises on the same support"),
     "generation.top_p": Key(1.0, "identity", "(0, 1]; 1 = off; as top_k"),
     "generation.prompt_buckets": Key((64, 128, 256, 512, 1024), "identity", "padded prompt lengths, tokens, rising; one compilation each"),
-    "generation.slots": Key(0, "identity", "completions an actor decodes at once, rounded down to whole prompts; ended ones are replaced; 0 = all of a unit"),
+    "generation.slots": Key(0, "identity", "completions an actor decodes at once; ended ones are replaced; 0 = all of a unit"),
     "generation.weights": Key("model", "identity", "how an actor stores matrices: model = in model.dtype | bfloat16 | int8 (a scale for each output)"),
     "generation.cache": Key("model", "identity", "how it stores keys and values: model = in model.dtype | bfloat16 | int8 (a scale for each token and head)"),
     # staleness (RLAX, arXiv:2512.06392), counted from 0: step - version

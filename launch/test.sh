@@ -7,8 +7,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/setup_venv.sh
 source launch/setup_venv.sh
 
-# A crashed worker ends the run: its successor would wait for ever (pytest-xdist #1323).
-selection=(-m "not faults" --numprocesses=2 --dist=loadfile --max-worker-restart=0)
+# A crashed worker ends the run: its successor would wait for ever (pytest-xdist #1323). A test that is stuck shows where, and its worker ends.
+selection=(-m "not faults" --numprocesses=2 --dist=loadfile --max-worker-restart=0 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true)
 if [[ "${1:-}" == "--faults" ]]; then
   selection=(-m faults)
   shift

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec
 
 from pgrpo_jax import parallel
 from pgrpo_jax.checkpoints import Checkpoints, state_sha256
+from pgrpo_jax.generation.engine import generate, GenerationSettings
+from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.models.families import parameter_shapes, sharding_faults, SHARDED_AXES
 
 MESHES = [(8, 1), (4, 2), (2, 2), (1, 2), (1, 1)]  # fsdp, tp, of 8 devices
@@ -129,6 +131,22 @@ def test_the_model_runs_as_an_actor_holds_it():
     logits = jax.jit(lambda p: cases.transformer.logits(p, cases.transformer.forward(cases.MODEL, p, tokens, tokens % 5)[0]))
     both = [logits(parallel.localise(params, model=cases.CONFIG, devices=jax.devices()[:n])) for n in (1, 2)]
     np.testing.assert_allclose(both[1], both[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("storage, slots", [("model", 0), ("bfloat16", 4), ("int8", 4)])
+def test_an_actor_generates_over_its_devices_what_it_generates_on_one(storage, slots):
+    """However matrices and caches are stored, with and without refill: the same tokens over tp 2, log-probs to rounding."""
+    prompts, key = np.arange(1, 7, dtype=np.int32).reshape(3, 2), jax.random.key(3)
+    what = GenerationSettings(
+        max_new_tokens=20, support=Support(), stop_ids=(0,), pad_id=cases.PAD, prompt_buckets=(2,), slots=slots, weights=storage, cache=storage
+    )
+    out = []
+    for count in (1, 2):
+        params = parallel.localise(cases.params("policy"), model=cases.CONFIG, devices=jax.devices()[:count])
+        out.append(generate(cases.MODEL, params, prompts, np.array([2, 1, 2], np.int32), key, completions_per_prompt=4, settings=what))
+    np.testing.assert_array_equal(out[1].tokens, out[0].tokens)
+    np.testing.assert_allclose(out[1].log_probs, out[0].log_probs, atol=1e-4)
+    assert 1 < out[0].lengths.max() and np.abs(out[0].log_probs).max() > 1
 
 
 def test_an_actor_that_can_not_hold_the_model_is_refused():

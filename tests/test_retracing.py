@@ -1,4 +1,4 @@
-"""Ragged data compiles nothing new: after the first step of each prompt bucket, and the first that measures gradients there, no program is compiled again."""
+"""Ragged data compiles nothing new: after the first step of each prompt bucket and completion width, and the first that measures gradients there, no program is."""
 
 import dataclasses
 
@@ -10,6 +10,7 @@ import pytest
 from pgrpo_jax.kl_control import KLControl
 
 BUCKETS, STEPS, UNIT = (6, 8), 50, cases.P // 2  # padded prompt lengths, tokens; updates; prompts in a unit
+MOST = 40  # tokens of a completion at most: batches are 32 or 40 wide
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -34,8 +35,8 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(note)
 
 
-def ragged(index: int, step: int, width: int):
-    """A unit whose prompts are padded to `width`, with completions of 0 to Tc tokens; prompts miss some of their completions, or all."""
+def ragged(index: int, step: int, width: int, longest: int):
+    """A unit whose prompts are padded to `width`, with completions of 0 to `longest` of `MOST` tokens; prompts miss some of theirs, or all."""
     whole, rng = cases.rollouts(index, version=step, prompts=UNIT, step=step), cases.named(f"ragged {index}")
     kept = np.flatnonzero(rng.random(len(whole.rewards)) < 0.7)
     kept = kept if len(kept) else np.arange(1)
@@ -43,7 +44,10 @@ def ragged(index: int, step: int, width: int):
         name: getattr(whole, name)[kept]
         for name in ("completions", "completion_lengths", "prompt_index", "behaviour_log_probs", "truncated", "rewards")
     }
-    lengths = rng.integers(0, rows["completion_lengths"] + 1).astype(np.int32)
+    lengths = rng.integers(0, longest + 1, len(kept)).astype(np.int32)
+    lengths[0] = longest
+    for name in ("completions", "behaviour_log_probs"):
+        rows[name] = np.pad(rows[name], ((0, 0), (0, MOST - cases.TC)), mode="wrap")
     return dataclasses.replace(
         whole,
         **(rows | {"completion_lengths": lengths}),
@@ -57,26 +61,27 @@ def ragged(index: int, step: int, width: int):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"kl": KLControl(coefficient=0.1), "micro_batches": 2, "passes_per_batch": 2, "gradients_every": 10, "num_devices": 2},
+        {"longest": (cases.TC, MOST)},
+        {"longest": (cases.TC,), "kl": KLControl(coefficient=0.1), "micro_batches": 2, "passes_per_batch": 2, "gradients_every": 10, "num_devices": 2},
     ],
     ids=["one pass", "everything"],
 )
 def test_fifty_ragged_steps_compile_no_more_than_their_first(options, compiled, tmp_path):
-    reference = cases.params("reference") if "kl" in options else None
+    options, reference = dict(options), cases.params("reference") if "kl" in options else None
+    longest = options.pop("longest")
     learner = cases.learner(tmp_path, num_steps=STEPS, reference=reference, **options)
     seen, grown = set(), []
     try:
         for step in range(STEPS):
             rng = cases.named(f"widths {step}")
             widths = [int(rng.choice(BUCKETS)) for _ in range(2)] if step > 1 else [BUCKETS[step]] * 2
-            before = len(compiled)
-            learner.update([ragged(2 * step + i, step, width) for i, width in enumerate(widths)])
-            kind = max(widths), "gradients_every" in options and learner.step % options["gradients_every"] == 0
+            most, before = int(rng.choice(longest)), len(compiled)
+            learner.update([ragged(2 * step + i, step, width, most) for i, width in enumerate(widths)])
+            kind = max(widths), most, "gradients_every" in options and learner.step % options["gradients_every"] == 0
             if kind in seen and len(compiled) > before:
                 grown.append((step, widths, compiled[before:]))
             seen.add(kind)
-        kinds = len(BUCKETS) * (2 if "gradients_every" in options else 1)
+        kinds = len(BUCKETS) * len(longest) * (2 if "gradients_every" in options else 1)
         assert len(seen) == kinds and compiled, "all were trained on, and what compiles is seen"
         assert grown == []
     finally:

@@ -32,6 +32,8 @@ BAD = [
     ({"engine": "warp"}, "engine = 'warp' is unknown: use one of inline, threads, ray, replay"),
     ({"task__name": "chess"}, "task.name = 'chess' is unknown: use one of movielens, letters"),
     ({"model__dtype": "int8"}, "model.dtype = 'int8' is unknown: use one of float32, bfloat16"),
+    ({"generation__weights": "int4"}, "generation.weights = 'int4' is unknown: use one of model, bfloat16, int8"),
+    ({"generation__cache": ""}, "generation.cache = '' is unknown: use one of model, bfloat16, int8"),
     ({"optimiser__schedule": "step"}, "optimiser.schedule = 'step' is unknown: use one of constant, cosine, linear"),
     ({"num_steps": 0}, "num_steps = 0 is below 1: set it to at least 1"),
     ({"completions_per_prompt": 1},
@@ -145,6 +147,7 @@ def test_what_the_settings_become():
     config = small_config.config(
         algorithm__clip_high=0.5, preset="grpo", learner__passes_per_batch=3, optimiser__warmup_steps=2, generation__top_k=7,
         generation__temperature=0.5, staleness__accept=3, generation__prompt_buckets=(8, 40), generation__slots=24,
+        generation__weights="int8", generation__cache="bfloat16",
     )  # fmt: skip
     learner = settings.learner_settings(config, ByteTokenizer())
     assert (learner.loss.objective.clip_low, learner.loss.objective.clip_high, learner.kl.coefficient) == (0.2, 0.5, 0.0)
@@ -156,7 +159,8 @@ def test_what_the_settings_become():
     check(unbounded, 8)
     assert settings.schedule(unbounded) == Schedule(reload=4, accept=0, lag=0, policy="freshest")
     assert settings.generation_settings(config, ByteTokenizer()).prompt_buckets == (8, 40)
-    assert settings.generation_settings(config, ByteTokenizer()).slots == 24
+    generation = settings.generation_settings(config, ByteTokenizer())
+    assert (generation.slots, generation.weights, generation.cache) == (24, "int8", "bfloat16")
     estimator = algorithm_settings.advantage_settings(config)
     assert (estimator.baseline, estimator.scale, estimator.epsilon, estimator.std_floor, estimator.min_count) == ("cohort", "cohort", 1e-6, 1e-3, 8)
     assert algorithm_settings.advantage_settings(small_config.config(algorithm__min_count=0)).min_count == 0

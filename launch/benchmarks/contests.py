@@ -22,7 +22,7 @@ class Contest:
         more_is_better: whether the first one is a rate, not seconds.
         ours: contestants that always take part.
         peers: those that may be asked for.
-        cold_starts: whether those of `CACHED` also start with an empty compilation cache.
+        cold_starts: whether those of `CACHED` also start with an empty compilation cache; the first measure is then a step's seconds.
     """
 
     benchmark: str
@@ -84,23 +84,16 @@ def hold(contest: Contest, job: Job, *, rounds: int, against: Sequence[str]) -> 
         answers, ended = in_turn(rounds, {name: contestant.round for name, contestant in contestants.items()})
     quantities = measured(contest, answers)
     quantities |= {f"{name}, peak memory, GiB": [contestant.peak_gib] for name, contestant in contestants.items() if contestant.peak_gib}
-    quantities |= {f"{name}, cold start with an empty compilation cache, s": [secs] for name, secs in empty.items()}
+    starts = [(name, "cold start with an empty compilation cache", secs) for name, secs in empty.items()]
     for name, contestant in contestants.items():
         if contestant.cold_start_secs:
-            kind = "cold start with a warm compilation cache" if name in empty else "cold start"
-            quantities[f"{name}, {kind}, s"] = [contestant.cold_start_secs]
-    return Found(quantities | _until_ready(contest, quantities, answers), lost | ended)
-
-
-def _until_ready(contest: Contest, quantities: Mapping[str, Sequence[float]], answers: Mapping[str, Sequence[Mapping[str, Any]]]):
-    """Of each cold start what is left without a usual step: {quantity: [seconds]}."""
-    found: dict[str, list[float]] = {}
-    for name, rounds in answers.items():
-        if contest.cold_starts and rounds:
-            step = statistics.median(answer[next(iter(contest.measures))] for answer in rounds)
-            starts = {quantity: secs for quantity, (secs, *_) in quantities.items() if quantity.startswith(f"{name}, cold start")}
-            found |= {quantity.replace(", s", " less a usual step, s"): [secs - step] for quantity, secs in starts.items()}
-    return found
+            starts.append((name, "cold start with a warm compilation cache" if name in empty else "cold start", contestant.cold_start_secs))
+    for name, kind, secs in starts:
+        quantities[f"{name}, {kind}, s"] = [secs]
+        if contest.cold_starts and answers.get(name):
+            step = statistics.median(answer[next(iter(contest.measures))] for answer in answers[name])
+            quantities[f"{name}, {kind} less a usual step, s"] = [secs - step]
+    return Found(quantities, lost | ended)
 
 
 def measured(contest: Contest, answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[float]]:

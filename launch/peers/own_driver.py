@@ -1,6 +1,6 @@
 """Ourselves, and the machine at its ceiling, on the same protocol as the peers: so memory and cold starts are counted alike.
 
-    own_driver.py ours|batches|ceiling BENCHMARK --num_prompts=8 …        the function of launch/benchmarks/BENCHMARK.py that does the work
+    own_driver.py FUNCTION BENCHMARK --num_prompts=8 …        the function of launch/benchmarks/BENCHMARK.py that does the work (`peers.OWN`)
 """
 
 import importlib

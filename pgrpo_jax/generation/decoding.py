@@ -20,6 +20,7 @@ from pgrpo_jax.models.quantised import Stored
 from pgrpo_jax.models.transformer import Transformer
 
 Caches = tuple[tuple[Stored, Stored], ...]  # of each layer: keys [*, Hkv, Dh, S], values [*, Hkv, S, Dh]; scales, where there are, [*, Hkv, S]
+_TABLES = {"embedding": 1, "head": 0}  # axis of a token's vector
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -93,9 +94,6 @@ def lay_out(model: Transformer, params: Any, storage: str = "model") -> dict[str
     made = tuple(_lay_out_layer(model, storage, params["layers"], np.int32(row)) for row in range(model.config.num_layers))
     matrices = {name: quantised.store(params[name].astype(model.dtype), storage, axis=axis) for name, axis in _TABLES.items() if name in params}
     return {"layers": made, "final_norm": params["final_norm"], **matrices}
-
-
-_TABLES = {"embedding": 1, "head": 0}  # axis of a token's vector
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -212,14 +212,15 @@ def test_drivers_know_the_job_and_the_model(driver):
 
 
 def test_ragged_completions_are_refilled_or_generated_batch_by_batch(monkeypatch):
-    """Both ways give each completion the tokens that were asked for; batches hold whole prompts."""
+    """Every way gives each completion the tokens that were asked for; batches hold whole prompts; what is stored otherwise is asked for."""
     job = Job(num_prompts=3, completions_per_prompt=4, prompt_tokens=4, new_tokens=12, layers=1, ragged=True)
     monkeypatch.setattr(generation, "SLOTS", 8)
-    done, sampled = [], generation.sampled
+    done, stored, sampled = [], [], generation.sampled
 
     def watched(*arguments, **changes):
         out, what = sampled(*arguments, **changes), generation.engine_settings(job, **changes)
         done.append((out.lengths.tolist(), what.slots, what.smallest_batch))
+        stored.append((what.weights, what.cache))
         return out
 
     monkeypatch.setattr(generation, "sampled", watched)
@@ -229,6 +230,9 @@ def test_ragged_completions_are_refilled_or_generated_batch_by_batch(monkeypatch
     for without_refill, smallest in ((generation.batches, 8), (generation.halved_batches, 16)):
         assert without_refill(job)(5)["generation_tokens_per_sec"] > 0 and done == [(limits[:8], 8, smallest), (limits[8:], 8, smallest)]
         done.clear()
+    assert set(stored) == {("model", "model")}
+    for storage in ("bfloat16", "int8"):
+        assert getattr(generation, storage)(job)(5)["generation_tokens_per_sec"] > 0 and stored[-1] == (storage, storage)
     monkeypatch.setattr(generation, "sampled", sampled)
     monkeypatch.setattr(generation.engine, "generate", lambda *_, **named: types.SimpleNamespace(lengths=named["limits"].reshape(-1) - 1))
     with pytest.raises(ValueError, match=f"generated {sum(limits) - 12} tokens: not the {sum(limits)} that were asked for"):
@@ -416,11 +420,11 @@ def test_a_save_is_timed_to_its_return_and_to_its_commit(tmp_path):
 
         def restore(self, like):
             time.sleep(0.2)
-            return np.ones(2**22)
+            return np.ones(2**23)  # 64 MiB: the allocator takes less from what other tests have freed
 
     state = checkpoint.make_state(CONFIG)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     found = checkpoint.one_round(state, Slow(), tmp_path / "plain", size)
     assert 0.1 <= found["save holds up, s"] < 0.3 and 0.2 <= found["restore, s"] < 1.2 and 0.4 <= found["until committed, s"] < 1.4
     assert found["until committed / plain write"] == pytest.approx(found["until committed, s"] / found["plain write, s"])
-    assert 0.9 * 2**25 < found["restore, extra memory / state"] * size < 2 * 2**25 and not (tmp_path / "plain").exists()
+    assert 0.9 * 2**26 < found["restore, extra memory / state"] * size < 2 * 2**26 and not (tmp_path / "plain").exists()
