@@ -128,7 +128,7 @@ KEYS = {
     # learner
     "learner.micro_batches": Key(1, "identity", "gradient accumulation: slices of whole prompts; divides prompts_per_step"),
     "learner.passes_per_batch": Key(1, "identity", "updates made from one batch of rollouts (GRPO's mu)"),
-    "learner.remat": Key(False, "identity", "recompute each layer in the backward pass: less memory, on a CPU in the same time"),
+    "learner.remat": Key("off", "identity", "what the backward pass recomputes: off | keep_matmuls = all but what a layer's matmuls led to | keep_nothing = whole layers; least memory"),
     # train only, on what another run recorded
     "replay.path": Key("", "identity", "run directory or files whose rollouts are trained on, with engine = replay; '' = generate"),
     # where it runs, how often it saves and shows

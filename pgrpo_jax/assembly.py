@@ -205,7 +205,7 @@ def make_learner(config: Any, base: Base, checkpoints: Checkpoints, *, devices: 
         objective=kl_control.initial(options.kl, options.num_preference_groups), keep_reference=refreshed,
     )  # fmt: skip
     return Learner(
-        dataclasses.replace(base.model, remat=config.learner.remat) if config.learner.remat else base.model,
+        dataclasses.replace(base.model, remat=config.learner.remat),
         state,
         advantage_kernel=kernel,
         settings=options,

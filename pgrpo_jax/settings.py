@@ -14,6 +14,7 @@ from pgrpo_jax.learner import LearnerSettings
 from pgrpo_jax.models.families import ModelConfig
 from pgrpo_jax.models.quantised import STORAGE
 from pgrpo_jax.models.tokenizer import Tokenizer
+from pgrpo_jax.models.transformer import REMAT
 from pgrpo_jax.schedule import Schedule
 from pgrpo_jax.tasks import mixture
 from pgrpo_jax.update import learning_rate, LossSettings, OptimiserSettings
@@ -64,6 +65,7 @@ _ONE_OF = {
     "weights.dtype": _DTYPES,
     "generation.weights": STORAGE,
     "generation.cache": STORAGE,
+    "learner.remat": tuple(REMAT),
     "rewards.on_failure": POLICIES,
 }
 

@@ -25,17 +25,18 @@ OPTIMISER = OptimiserSettings(
 )
 
 
-SEQUENCES = 32  # of one of our micro-batches, about; a peer's are smaller (`Job.prompts_per_slice`), for it would need more memory
+TOKENS = 2304  # of one of our micro-batches at most, where a prompt has no more: 4 prompts of 64 tokens with 8 completions of 64
 
 
 def slices(job: Job) -> int:
     """Returns the micro-batches of our update: whole prompts, equally many in each."""
-    return job.num_prompts // math.gcd(job.num_prompts, max(1, SEQUENCES // job.completions_per_prompt))
+    of_a_prompt = job.prompt_tokens + job.completions_per_prompt * job.new_tokens
+    return job.num_prompts // math.gcd(job.num_prompts, max(1, TOKENS // of_a_prompt))
 
 
 def learning_model(job: Job) -> transformer.Transformer:
-    """Returns the model as the learner runs it: each layer computed anew in the backward pass, which costs no time here and saves memory."""
-    return transformer.Transformer(model_config(job), remat=True)
+    """Returns the model as the learner runs it: the backward pass finds what matmuls led to, and computes the rest anew."""
+    return transformer.Transformer(model_config(job), remat="keep_matmuls")
 
 
 def batch(job: Job, seed: int) -> TrainBatch:

@@ -8,10 +8,12 @@ from typing import Any, Callable, Mapping, Sequence
 import chex
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pgrpo_jax.models.families import ModelConfig
 from pgrpo_jax.models.quantised import Quantised, read, Stored
 
+MATMUL = "matmul"  # names, for `transformer.REMAT`, what a layer's matmuls lead to
 
 def rotation(positions: chex.Array, config: ModelConfig, dtype: Any) -> tuple[chex.Array, chex.Array]:
     """Angles of the rotary position embedding (Su et al. 2021, arXiv:2104.09864), the same for every layer.
@@ -171,13 +173,13 @@ def layer(
         keys, values = fused[:, :, :, -2], fused[:, :, :, -1]
     else:
         query, keys, values = [linear(h, weights[name]) for name in ("query", "key", "value")]
-    query, keys = rotate(query, angles), rotate(keys, angles)
+    query, keys, values = [checkpoint_name(part, MATMUL) for part in (rotate(query, angles), rotate(keys, angles), values)]
     attended, kept = attention(query, keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2))
-    x = x + linear(attended.reshape(*x.shape[:2], -1), weights["output"])
+    x = checkpoint_name(x + linear(attended.reshape(*x.shape[:2], -1), weights["output"]), MATMUL)
 
     h = rms_norm(x, weights["mlp_norm"], epsilon=config.norm_epsilon)
     if "gate_up" in weights:
         gate, up = jnp.moveaxis(linear(h, weights["gate_up"]), 2, 0)
     else:
-        gate, up = [linear(h, weights[name]) for name in ("gate", "up")]
+        gate, up = [checkpoint_name(linear(h, weights[name]), MATMUL) for name in ("gate", "up")]
     return x + linear(jax.nn.silu(gate) * up, weights["down"]), kept

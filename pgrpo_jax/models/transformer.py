@@ -43,6 +43,14 @@ class Segment:
     mask: chex.Array
 
 
+# What the backward pass finds of each layer -> the checkpoint policy, where it has to compute the rest anew.
+REMAT = {
+    "off": None,
+    "keep_matmuls": jax.checkpoint_policies.save_only_these_names(layers.MATMUL),
+    "keep_nothing": jax.checkpoint_policies.nothing_saveable,
+}
+
+
 def _scaled_normal(fan_in: int):
     return nn.initializers.normal(fan_in**-0.5)
 
@@ -82,12 +90,13 @@ class Transformer(nn.Module):
     Attributes:
         config: sizes and constants.
         dtype: of activations and matmuls; parameters keep their own.
-        remat: recompute each layer in the backward pass.
+        remat: of `REMAT`, what is computed anew in the backward pass: nothing; all of a layer but what its matmuls with weights lead to, most of
+            the arithmetic; or the whole layer from its input.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "off"
 
     @nn.compact
     def __call__(self, tokens: chex.Array, positions: chex.Array, context: Sequence[Segment] = ()) -> tuple[chex.Array, KeyValues]:
@@ -106,7 +115,7 @@ class Transformer(nn.Module):
         embedding = self.param("embedding", _scaled_normal(c.width), (c.vocab_size, c.width))
         x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
         stack = nn.scan(
-            nn.remat(Block, prevent_cse=False) if self.remat else Block,
+            Block if self.remat == "off" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat]),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
