@@ -25,7 +25,7 @@ OWN = {  # in our own environment: the function that does the work
 }  # fmt: skip
 REQUIREMENTS = {
     "transformers": ("torch==2.13.0", "transformers==5.23.0"),
-    "trl": ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0"),
+    "trl": ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0", "gguf==0.19.0"),
     "tunix": ("google-tunix==0.1.7",),
 }
 ROUND_SECS, INSTALL_SECS = 1800.0, 3600.0
@@ -51,7 +51,7 @@ class Contestant:
     """
 
     def __init__(self, name: str, arguments: Sequence[str] = (), variables: Mapping[str, str] = {}):
-        python, directory = _installed(name)
+        python, directory = installed(name)
         self._name, self._log, self.peak_gib, self.cold_start_secs = name, directory / "log.txt", 0.0, None
         driver = ["own_driver.py", OWN[name]] if name in OWN else [f"{name}_driver.py"]
         self._line, self._variables = [python, _DRIVERS / driver[0], *driver[1:], *arguments], dict(variables)
@@ -119,8 +119,12 @@ def _how(status: int) -> str:
     return f"by {signal.Signals(-status).name}{hint}"
 
 
-def _installed(name: str) -> tuple[pathlib.Path, pathlib.Path]:
-    """The contestant's interpreter, in an environment made at the first call, and the directory of its log."""
+def installed(name: str) -> tuple[pathlib.Path, pathlib.Path]:
+    """Returns the contestant's interpreter, in an environment made at the first call, and the directory of its log.
+
+    Raises:
+        PeerError: it could not be installed.
+    """
     environment = _ROOT / ".peers" / name
     if name in OWN:
         environment.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,5 @@
 """Seconds of an update, reference log-probs included, and of the matmuls that it needs."""
 
-import math
 from typing import Callable
 
 import jax
@@ -31,7 +30,8 @@ TOKENS = 2304  # of one of our micro-batches at most, where a prompt has no more
 def slices(job: Job) -> int:
     """Returns the micro-batches of our update: whole prompts, equally many in each."""
     of_a_prompt = job.prompt_tokens + job.completions_per_prompt * job.new_tokens
-    return job.num_prompts // math.gcd(job.num_prompts, max(1, TOKENS // of_a_prompt))
+    counts = [n for n in range(1, job.num_prompts + 1) if job.num_prompts % n == 0]
+    return next((n for n in counts if job.num_prompts // n * of_a_prompt <= TOKENS), job.num_prompts)
 
 
 def learning_model(job: Job) -> transformer.Transformer:

@@ -15,7 +15,7 @@ import program
 import pytest
 
 from launch import benchmark
-from launch.benchmarks import advantages, ceilings, checkpoint, contests, generation, peers, results, step
+from launch.benchmarks import advantages, ceilings, checkpoint, contests, generation, peers, results, step, update
 from launch.benchmarks.timing import EndedError, in_turn, ratios
 from launch.benchmarks.work import model_config
 from launch.peers.job import Job
@@ -38,13 +38,15 @@ def flops(function, *arguments):
 
 
 def test_the_matmuls_of_a_ceiling_are_the_models():
-    """Two operations for a weight and a token, the head included; what is not a matmul adds at most a tenth here."""
-    weights, x = ceilings._weights(CONFIG), jnp.ones((32, 64))
-    rows = jnp.arange(8, 32)
-    forward = 2 * (32 * MATRICES + 24 * HEAD)
-    assert 1 <= flops(lambda w, x: ceilings._forward(CONFIG, w, x, rows), weights, x) / forward < 1.1
-    backward = flops(lambda w, x: ceilings._gradient(CONFIG, w, x, rows), weights, x) / forward
-    first = 2 * 32 * 64 * (4 + 4) * 16 / forward  # the first layer's input has a gradient that nobody needs
+    """Two operations for a weight and a token, the head included, and for each key and value that a query meets; what is not a matmul adds little here."""
+    job = Job(num_prompts=4, completions_per_prompt=3, prompt_tokens=16, new_tokens=8)
+    prompt, completion = 2 * 16, 2 * 3 * 8  # tokens of two prompts and of their completions
+    weights, x = ceilings._weights(CONFIG), jnp.ones((prompt + completion, 64))
+    attention = 2 * 3 * 4 * 16 * (prompt * 8 + completion * (16 + 4))  # layers, heads, their size, keys met; as much again for values
+    forward = 2 * ((prompt + completion) * MATRICES + completion * HEAD + attention)
+    assert 1 <= flops(lambda w, x: ceilings._forward(CONFIG, 2, job, w, x), weights, x) / forward < 1.06
+    backward = flops(lambda w, x: ceilings._gradient(CONFIG, 2, job, w, x), weights, x) / forward
+    first = 2 * (prompt + completion) * 64 * (4 + 4) * 16 / forward  # the first layer's input has a gradient that nobody needs
     assert 1 <= backward / (3 - first) < 1.06
 
 
@@ -87,6 +89,16 @@ def test_the_command_line_names_the_job(monkeypatch):
 def test_slices_hold_whole_prompts_and_sixteen_sequences_at_most(prompts, completions, expected):
     found = Job(num_prompts=prompts, completions_per_prompt=completions).prompts_per_slice
     assert found == expected and prompts % found == 0 and (found * completions <= 16 or found == 1)
+
+
+@pytest.mark.parametrize(
+    "prompts, completions, prompt_tokens, expected",
+    [(8, 8, 64, 2), (4, 8, 64, 1), (4, 8, 256, 2), (8, 8, 256, 4), (2, 16, 256, 2), (9, 8, 64, 3), (8, 64, 64, 8), (32, 1, 4, 1)],
+)
+def test_our_micro_batches_hold_whole_prompts_and_no_more_tokens_than_fit(prompts, completions, prompt_tokens, expected):
+    job = Job(num_prompts=prompts, completions_per_prompt=completions, prompt_tokens=prompt_tokens)
+    tokens = prompts * (prompt_tokens + completions * 64) // expected
+    assert update.slices(job) == expected and prompts % expected == 0 and (tokens <= update.TOKENS or prompts == expected)
 
 
 def test_ragged_lengths_are_uniform_and_the_same_for_whoever_asks():
@@ -141,7 +153,7 @@ def driver(tmp_path, monkeypatch):
     for name in ("protocol.py", "job.py"):
         (tmp_path / name).write_text((program.ROOT / "launch" / "peers" / name).read_text())
     monkeypatch.setattr(peers, "_DRIVERS", tmp_path)
-    monkeypatch.setattr(peers, "_installed", lambda name: (sys.executable, tmp_path))
+    monkeypatch.setattr(peers, "installed", lambda name: (sys.executable, tmp_path))
     return tmp_path
 
 
