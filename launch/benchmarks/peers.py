@@ -30,7 +30,10 @@ REQUIREMENTS = {
 }
 ROUND_SECS, INSTALL_SECS = 1800.0, 3600.0
 _REASON_CHARS = 200
-_SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # of an accelerator: the first contestant would take most of its memory
+_SHARED = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # of an accelerator: the first contestant would take most of its memory
+    "PYTHONUNBUFFERED": "1",  # the log of one that is killed is whole
+}
 
 
 class PeerError(RuntimeError):
