@@ -42,8 +42,10 @@ def test_the_matmuls_of_a_ceiling_are_the_models():
     job = Job(num_prompts=4, completions_per_prompt=3, prompt_tokens=16, new_tokens=8)
     prompt, completion = 2 * 16, 2 * 3 * 8  # tokens of two prompts and of their completions
     weights, x = ceilings._weights(CONFIG), jnp.ones((prompt + completion, 64))
-    attention = 2 * 3 * 4 * 16 * (prompt * 8 + completion * (16 + 4))  # layers, heads, their size, keys met; as much again for values
-    forward = 2 * ((prompt + completion) * MATRICES + completion * HEAD + attention)
+    attention = 2 * 4 * 16 * (prompt * 8 + completion * (16 + 4))  # heads, their size, keys met; as much again for values
+    qkv = jnp.ones((prompt + completion, 8 * 16))
+    assert 1 <= flops(lambda x: ceilings._attend(CONFIG, 2, job, x), qkv) / (2 * attention) < 1.05
+    forward = 2 * ((prompt + completion) * MATRICES + completion * HEAD + 3 * attention)
     assert 1 <= flops(lambda w, x: ceilings._forward(CONFIG, 2, job, w, x), weights, x) / forward < 1.06
     backward = flops(lambda w, x: ceilings._gradient(CONFIG, 2, job, w, x), weights, x) / forward
     first = 2 * (prompt + completion) * 64 * (4 + 4) * 16 / forward  # the first layer's input has a gradient that nobody needs
