@@ -52,6 +52,16 @@ def gain(preset: str, directory) -> float:
     return np.mean(rewards[-WINDOW:]) - np.mean(rewards[:WINDOW])
 
 
+def test_the_learner_alone_recomputes_what_the_configuration_says(tmp_path):
+    made = config("grpo")
+    made.learner.remat = "keep_matmuls"
+    base = assembly.load_base(made, assembly.load_task(made))
+    checkpoints = Checkpoints(tmp_path, identity={})
+    learner = assembly.make_learner(made, base, checkpoints)
+    checkpoints.close()
+    assert (learner._model.remat, base.model.remat) == ("keep_matmuls", "off")
+
+
 @pytest.mark.parametrize("preset", ["grpo", "p_grpo"])
 def test_reward_rises(preset, tmp_path):
     assert gain(preset, tmp_path) > MARGIN

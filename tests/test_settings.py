@@ -34,6 +34,7 @@ BAD = [
     ({"model__dtype": "int8"}, "model.dtype = 'int8' is unknown: use one of float32, bfloat16"),
     ({"generation__weights": "int4"}, "generation.weights = 'int4' is unknown: use one of model, bfloat16, int8"),
     ({"generation__cache": ""}, "generation.cache = '' is unknown: use one of model, bfloat16, int8"),
+    ({"learner__remat": "True"}, "learner.remat = 'True' is unknown: use one of off, keep_matmuls, keep_nothing"),
     ({"optimiser__schedule": "step"}, "optimiser.schedule = 'step' is unknown: use one of constant, cosine, linear"),
     ({"num_steps": 0}, "num_steps = 0 is below 1: set it to at least 1"),
     ({"completions_per_prompt": 1},

@@ -1,7 +1,7 @@
 """Seconds from the start of a process to a mean training reward: the demo's model, prompts and reward, our run and TRL's.
 
-Ours is configs/movielens.py as it stands, with an empty compilation cache and all that a run does: it is evaluated before (as much as an update
-samples), writes its records and saves. TRL is launch/peers/trl_reward.py. Each is a fresh process, stopped when it has arrived.
+Ours is configs/movielens.py at a constant learning rate, with an empty compilation cache and what a run does besides: it is evaluated before (as
+much as an update samples) and writes its records. TRL is launch/peers/trl_reward.py. Each is a fresh process, stopped when it has arrived.
 """
 
 import json
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Callable, Sequence
+from typing import Sequence
 
 from configs import movielens
 from launch.benchmarks import peers
@@ -41,23 +41,23 @@ def measure(rounds: int, against: Sequence[str]) -> Found:
     """
     if not (_MODEL.is_dir() and any(_MODEL.glob("*.gguf"))):
         raise peers.PeerError(f"{_MODEL} holds no model: run launch/fetch_assets.py first")
-    found: dict[str, list[float]] = {}
+    for name in against:
+        peers.installed(name)  # before anybody has worked
+    runs: dict[str, list[tuple[float, int]]] = {name: [] for name in ("pgrpo_jax", *against)}
     ended: dict[str, str] = {}
-    starts: dict[str, Callable[[pathlib.Path, int], tuple[list[object], pathlib.Path]]] = {"pgrpo_jax": _ours, "trl": _trl}
     for seed in range(rounds):
-        for name in [name for name in ("pgrpo_jax", *against) if name not in ended]:
+        for name in [name for name in runs if name not in ended]:
             with tempfile.TemporaryDirectory() as directory:
-                line, file = starts[name](pathlib.Path(directory), seed)
+                line, file = _STARTS[name](pathlib.Path(directory), seed)
                 try:
-                    secs, updates = watch(line, file, log=pathlib.Path(directory) / "log.txt")
+                    runs[name].append(watch(line, file, log=pathlib.Path(directory) / "log.txt"))
                 except EndedError as error:
                     ended[name] = f"{name}, seed {seed}: {error}"
-                    continue
-            found.setdefault(f"{name}, s to a mean reward of {GOAL} over {STEPS} updates", []).append(secs)
-            found.setdefault(f"{name}, updates", []).append(updates)
-    ours, *others = [found.get(f"{name}, s to a mean reward of {GOAL} over {STEPS} updates", []) for name in ("pgrpo_jax", *against)]
-    found |= {f"pgrpo_jax / {name}, speed": ratios(theirs, ours) for name, theirs in zip(against, others, strict=True) if ours and theirs}
-    return Found(found, ended)
+    secs = {name: [taken for taken, _ in of_name] for name, of_name in runs.items() if of_name}
+    found = {f"{name}, s to a mean reward of {GOAL} over {STEPS} updates": values for name, values in secs.items()}
+    found |= {f"{name}, updates": [updates for _, updates in runs[name]] for name in secs}
+    ours = secs.pop("pgrpo_jax", [])
+    return Found(found | {f"pgrpo_jax / {name}, speed": ratios(theirs, ours) for name, theirs in secs.items() if ours}, ended)
 
 
 def watch(line: Sequence[object], file: pathlib.Path, *, log: pathlib.Path) -> tuple[float, int]:
@@ -75,8 +75,9 @@ def watch(line: Sequence[object], file: pathlib.Path, *, log: pathlib.Path) -> t
         EndedError: it ended before, or took too long.
     """
     start = time.perf_counter()
+    variables = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}  # may hold what we compiled before
     with log.open("w") as output:
-        process = subprocess.Popen(list(map(str, line)), cwd=_ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(list(map(str, line)), cwd=_ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         while (secs := time.perf_counter() - start) < RUN_SECS:
             running = process.poll() is None
@@ -128,3 +129,6 @@ def _trl(directory: pathlib.Path, seed: int) -> tuple[list[object], pathlib.Path
     }  # fmt: skip
     python, _ = peers.installed("trl")
     return [python, _ROOT / "launch" / "peers" / "trl_reward.py", *(f"--{name}={value}" for name, value in sizes.items())], file
+
+
+_STARTS = {"pgrpo_jax": _ours, "trl": _trl}

@@ -74,6 +74,28 @@ def test_a_run_that_ends_or_takes_too_long_says_so(tmp_path, monkeypatch):
         watched(tmp_path, "time.sleep(600)")
 
 
+def test_who_ends_is_left_out_and_ratios_are_of_the_rounds_that_both_have(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setattr(reward, "_MODEL", tmp_path)
+    monkeypatch.setattr(reward.peers, "installed", lambda name: (pathlib.Path(sys.executable), tmp_path))
+    asked = []
+
+    def start(name):
+        def made(directory, seed):
+            asked.append((name, seed))
+            program = "import json, sys, time; [print(json.dumps({'reward': 1.0}), file=open(sys.argv[1], 'a')) for _ in range(3)]; time.sleep(600)"
+            return [sys.executable, "-c", "import sys; sys.exit('full')" if (name, seed) == ("trl", 1) else program, directory / "r"], directory / "r"
+
+        return made
+
+    monkeypatch.setattr(reward, "_STARTS", {name: start(name) for name in ("pgrpo_jax", "trl")})
+    found = reward.measure(3, ["trl"])
+    assert asked == [("pgrpo_jax", 0), ("trl", 0), ("pgrpo_jax", 1), ("trl", 1), ("pgrpo_jax", 2)]
+    ours, theirs = [found.quantities[f"{name}, s to a mean reward of 0.45 over 3 updates"] for name in ("pgrpo_jax", "trl")]
+    assert len(ours) == 3 and len(theirs) == 1 and found.quantities["pgrpo_jax / trl, speed"] == [theirs[0] / ours[0]]
+    assert found.quantities["trl, updates"] == [3] and found.ended.keys() == {"trl"} and "seed 1: ended with status 1" in found.ended["trl"]
+
+
 def test_everybody_runs_the_demo(tmp_path, monkeypatch):
     """The same prompts in the same order, and the same sizes."""
     monkeypatch.setattr(reward.peers, "installed", lambda name: (pathlib.Path("python"), tmp_path))
