@@ -127,6 +127,8 @@ KEYS = {
     "optimiser.clip_norm": Key(1.0, "identity", "global gradient norm; 0 = off"),
     # learner
     "learner.micro_batches": Key(1, "identity", "gradient accumulation: slices of whole prompts; divides prompts_per_step"),
+    "learner.micro_batch_tokens": Key(0, "identity", "tokens of a slice on a device at most, prompts once, padding too: where they would be more, there are more slices; 0 = no bound"),
+    "learner.packing": Key(False, "identity", "short completions of a prompt share a row of the model: ragged updates take less time, a new mix of lengths compiles anew"),
     "learner.passes_per_batch": Key(1, "identity", "updates made from one batch of rollouts (GRPO's mu)"),
     "learner.remat": Key("off", "identity", "what the backward pass recomputes: off | keep_matmuls = all but what a layer's matmuls led to | keep_nothing = whole layers; least memory"),
     # train only, on what another run recorded

@@ -7,6 +7,7 @@
                   without refill, in batches that stay as they are and in batches that are halved; peers: transformers
     storage       tokens per second with matrices and caches in float32, in bfloat16 and in int8
     update        seconds of an update with reference log-probs, against the bare matmuls that it needs; peers: trl, tunix
+                  --ragged: completions of 8 to 128 tokens packed into few rows, against a row for each
     step          seconds of a whole step, cold start with an empty and with a warm compilation cache; peers: trl, tunix
     reward        seconds from the start of a process to a mean training reward of 0.45 over three updates, the demo's job (README); peers: trl
     advantages    microseconds of the learner's advantage kernel, against a loop in NumPy and a copy of the same bytes
@@ -35,6 +36,7 @@ from launch.benchmarks.peers import PeerError  # noqa: E402
 from launch.peers import job as jobs  # noqa: E402
 
 CONTESTS = ("generation", "storage", "update", "step")
+RAGGED = ("generation", "update")
 ALONE = {
     "advantages": advantages.measure, "checkpoint": checkpoint.measure, "weights": weights.measure, "overlap": pipeline.measure_overlap,
     "actors": pipeline.measure_actors,
@@ -72,8 +74,8 @@ def check(arguments: argparse.Namespace, job: jobs.Job, against: list[str]) -> N
         raise ValueError(f"--results={arguments.results}: there is no folder {arguments.results.parent}: make it")
     if name not in CONTESTS and job != jobs.Job():
         raise ValueError(f"{name} has a size of its own: leave the sizes of a job out, they are for {', '.join(CONTESTS)}")
-    if job.ragged and name != "generation":
-        raise ValueError(f"--ragged: {name} has no ragged form: leave it out, or measure generation")
+    if job.ragged and name not in RAGGED:
+        raise ValueError(f"--ragged: {name} has no ragged form: leave it out, or measure {' or '.join(RAGGED)}")
     contest = contests.find(name, ragged=job.ragged) if name in CONTESTS else None
     known = contest.peers if contest else reward.PEERS if name == "reward" else ()
     if unknown := [peer for peer in against if peer not in known]:

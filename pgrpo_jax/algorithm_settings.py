@@ -12,7 +12,7 @@ from pgrpo_jax.algorithms.objective import Objective
 from pgrpo_jax.algorithms.preference_weights import KINDS, PreferenceWeights
 from pgrpo_jax.curation import Curation, SELECT
 from pgrpo_jax.kl_control import SCOPES
-from pgrpo_jax.learner import PROXIMAL
+from pgrpo_jax.learner_settings import PROXIMAL
 from pgrpo_jax.tasks import arms, curated, mixture
 
 _OVERRIDES = (

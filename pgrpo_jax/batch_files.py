@@ -1,7 +1,7 @@
 """Floor 1: one batch as the learner trained on it, as a file: to look at an update by itself, or to make it again elsewhere.
 
-A compressed .npz archive without pickle: "batch/<field>" for each field of `TrainBatch`, "advantages", and "old_log_probs" and
-"reference_log_probs" where the update had them.
+A compressed .npz archive without pickle: "batch/<field>" for each field of `TrainBatch` ("batch/packing" where there is one), "advantages", and
+"old_log_probs" and "reference_log_probs" where the update had them.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def dump_batch(path: epath.PathLike, batch: TrainBatch, advantages: Any, old: An
         like = np.shape(batch.rewards if name == "advantages" else batch.completions)
         if np.shape(values) != like:
             raise ValueError(f"{name} has shape {np.shape(values)}, the batch needs {like}: give those of this very batch")
-    arrays = {f"batch/{name}": getattr(batch, name) for name in _FIELDS} | given
+    arrays = {f"batch/{name}": values for name in _FIELDS if (values := getattr(batch, name)) is not None} | given
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **jax.device_get(arrays))
     path = epath.Path(path)
@@ -74,7 +74,7 @@ def load_batch(path: epath.PathLike) -> Dump:
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-        batch = TrainBatch(**{name: arrays[f"batch/{name}"] for name in _FIELDS})
+        batch = TrainBatch(**{name: arrays[f"batch/{name}"] for name in _FIELDS if name != "packing"}, packing=arrays.get("batch/packing"))
         return Dump(batch, arrays["advantages"], arrays.get("old_log_probs"), arrays.get("reference_log_probs"))
     except _DAMAGED as error:
         raise ValueError(f"{path} is damaged or no batch ({type(error).__name__}: {error}): dump it again") from error

@@ -5,6 +5,7 @@ from typing import Sequence
 import jax
 import numpy as np
 
+from pgrpo_jax import packing
 from pgrpo_jax.buckets import completion_widths
 from pgrpo_jax.structs import Rollouts, TrainBatch
 
@@ -131,7 +132,34 @@ def take_prompts(batch: TrainBatch, places: np.ndarray) -> tuple[TrainBatch, np.
     rows = (places[:, None] * per_prompt + np.arange(per_prompt)).reshape(-1)
     of_prompts = {name: getattr(batch, name)[places] for name in ("prompts", "prompt_lengths", "preference_ids")}
     of_rows = {name: getattr(batch, name)[rows] for name in ("completions", "completion_mask", "behaviour_log_probs", "rewards", "valid")}
+    of_prompts["packing"] = None if batch.packing is None else batch.packing[places]
     return TrainBatch(**of_prompts, **of_rows, prompt_index=np.repeat(np.arange(len(places), dtype=np.int32), per_prompt)), rows
+
+
+def pack(batch: TrainBatch) -> TrainBatch:
+    """Returns a batch of `to_train_batch` with the `packing` of its completions."""
+    lengths = batch.completion_mask.sum(axis=1).reshape(len(batch.prompts), -1)
+    return batch.replace(packing=packing.pack(lengths, batch.completions.shape[1]))
+
+
+def num_slices(batch: TrainBatch, *, at_least: int, most_tokens: int, devices: int) -> int:
+    """Returns into how many micro-batches a batch is cut: as few as give no device more tokens at a time than it may have.
+
+    It depends on shapes only, so that shapes seen before compile nothing new.
+
+    Args:
+        batch: of `to_train_batch`.
+        at_least: slices there are anyway; P is a multiple of at_least * devices.
+        most_tokens: tokens that the model computes on a device in one slice, prompts once and padding too; 0 = no bound.
+        devices: over which each slice is split.
+
+    Returns:
+        A divisor of P; P / devices where even a single prompt has more tokens.
+    """
+    rows = batch.completions if batch.packing is None else batch.packing
+    num_prompts, tokens = len(batch.prompts), batch.prompts.size + rows.size
+    counts = [n for n in range(at_least, num_prompts + 1, at_least) if num_prompts % (n * devices) == 0]
+    return next((n for n in counts if not most_tokens or tokens <= n * devices * most_tokens), counts[-1])
 
 
 def micro_batches(batch: TrainBatch, count: int) -> TrainBatch:

@@ -19,6 +19,11 @@ def bucket_length(longest: int, buckets: Sequence[int]) -> int:
     )
 
 
+def packed_rows(most: int) -> list[int]:
+    """Returns how many rows the completions of a prompt may be packed into, rising: eighths of the most that are needed; one compilation each."""
+    return sorted({-(-most * eighths // 8) for eighths in range(1, 9)})
+
+
 def completion_widths(max_new_tokens: int) -> list[int]:
     """Returns the widths that arrays of completions come in, rising: quarters of the longest, but never a few columns more; one compilation each."""
     columns = max(_FEWEST_COLUMNS, -(-max_new_tokens // (4 * _FEWEST_COLUMNS)) * _FEWEST_COLUMNS)

@@ -1,6 +1,7 @@
 """The learner role: rollouts → per-preference-group normalised advantages → update → weight versions and checkpoints."""
 
 import dataclasses
+import math
 from typing import Any, Callable, Mapping, Sequence
 
 import jax
@@ -9,63 +10,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pgrpo_jax import batch_files, batch_metrics, batching, curation, gradient_shares, kl_control, parallel
 from pgrpo_jax.algorithms import preference_weights
-from pgrpo_jax.algorithms.preference_weights import PreferenceWeights
 from pgrpo_jax.checkpoints import Checkpoints, state_sha256
-from pgrpo_jax.curation import Curation, Signals
-from pgrpo_jax.kl_control import KLControl
+from pgrpo_jax.curation import Signals
+from pgrpo_jax.learner_settings import LearnerSettings
 from pgrpo_jax.models.transformer import Transformer
-from pgrpo_jax.schedule import Schedule
 from pgrpo_jax.structs import Rollouts, TrainBatch, TrainState
 from pgrpo_jax.train_state import copied
-from pgrpo_jax.update import kl_penalties, learning_rate, LossSettings, OptimiserSettings, refuse_non_finite, score_slices, update
-
-PROXIMAL = ("generator", "current")
-
-
-@dataclasses.dataclass(frozen=True)
-class LearnerSettings:
-    """Sizes and constants of the learner; see configs/base.py.
-
-    Attributes:
-        num_steps: updates in the run.
-        schedule: which weight versions later steps need.
-        num_preference_groups: K.
-        completions_per_prompt: G.
-        micro_batches: slices of whole prompts for gradient accumulation.
-        passes_per_batch: optimiser steps made from one batch.
-        pad_id: token id of padding.
-        loss: objective and sampling support.
-        optimiser: AdamW and its schedule.
-        weights_dtype: of weight versions, "float32" or "bfloat16"; the state itself is float32.
-        curation: which prompts and completions are trained on.
-        oversample: prompts that a step consumes, as a multiple of those of a batch.
-        components: names of the reward components that are standardised apart; none = the total.
-        preference_weights: how much each preference group weighs in the loss.
-        kl: how the KL to the reference is held.
-        proximal: the old policy of the ratio: "generator", the weights that generated the batch, or "current", those before the update
-            (decoupled PPO, AReaL, arXiv:2505.24298).
-        gradients_every: updates between two measurements of each preference group's gradient; 0 = never.
-        dump_batches: updates whose batch is written beside the checkpoints, in batches/.
-    """
-
-    num_steps: int
-    schedule: Schedule
-    num_preference_groups: int
-    completions_per_prompt: int
-    micro_batches: int
-    passes_per_batch: int
-    pad_id: int
-    loss: LossSettings
-    optimiser: OptimiserSettings
-    weights_dtype: str
-    curation: Curation
-    oversample: int = 1
-    components: tuple[str, ...] = ()
-    preference_weights: PreferenceWeights = PreferenceWeights()
-    kl: KLControl = KLControl()
-    proximal: str = "current"
-    gradients_every: int = 0
-    dump_batches: tuple[int, ...] = ()
+from pgrpo_jax.update import kl_penalties, learning_rate, refuse_non_finite, score_slices, update
 
 
 class Learner:
@@ -187,6 +138,7 @@ class Learner:
         expected = None if s.schedule.freshest else s.schedule.version(self.step)
         batching.check(rollouts, num_preference_groups=s.num_preference_groups, version=expected)
         flat = batching.to_train_batch(rollouts, completions_per_prompt=s.completions_per_prompt, pad_id=s.pad_id)
+        flat = batching.pack(flat) if s.packing else flat
         signals = curation.signals(rollouts, flat, s.curation, step=self.step, components=s.components)
         signals = self._pay_kl(flat, signals, version=expected)
         preference_ids = flat.preference_ids[flat.prompt_index]
@@ -217,8 +169,8 @@ class Learner:
     def _optimise(self, trained: TrainBatch, advantages: np.ndarray, *, version: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Makes the optimiser steps of a batch; returns what the last one measured, and whose gradient the first one followed."""
         s = self._settings
-        batch = parallel.shard_rows(batching.micro_batches(trained, s.micro_batches), self._mesh, axis=1)
-        sliced = parallel.shard_rows(advantages.reshape(s.micro_batches, -1), self._mesh, axis=1)
+        batch = self._sliced(trained)
+        sliced = parallel.shard_rows(advantages.reshape(len(batch.rewards), -1), self._mesh, axis=1)
         old, reference = self._old_log_probs(batch, version=version), self._reference_log_probs(batch)
         if self.step + 1 in s.dump_batches:
             whole = parallel.on_hosts((batch, sliced, old, reference))
@@ -233,6 +185,12 @@ class Learner:
             scalars = jax.device_get(scalars)
             refuse_non_finite(scalars, step=self.step + 1)
         return scalars, shares
+
+    def _sliced(self, batch: TrainBatch, *, times: int = 1) -> TrainBatch:
+        """A batch in micro-batches, on its devices; one of `times` as many prompts as an update's has as many more."""
+        s, devices = self._settings, math.prod(self._mesh.shape[axis] for axis in parallel.ROWS)
+        count = batching.num_slices(batch, at_least=s.micro_batches * times, most_tokens=s.micro_batch_tokens, devices=devices)
+        return parallel.shard_rows(batching.micro_batches(batch, count), self._mesh, axis=1)
 
     def _old_log_probs(self, batch: TrainBatch, *, version: int | None, always: bool = False) -> jax.Array | None:
         """Log-probs of the old policy, in the update's own layout; None where it is the policy itself and one pass is made.
@@ -256,7 +214,7 @@ class Learner:
         s = self._settings
         if s.loss.objective.kl_in != "reward" or s.kl.coefficient == 0:
             return signals
-        batch = parallel.shard_rows(batching.micro_batches(flat, s.micro_batches * s.oversample), self._mesh, axis=1)
+        batch = self._sliced(flat, times=s.oversample)
         old, reference = self._old_log_probs(batch, version=version, always=True), self._reference_log_probs(batch)
         everywhere = NamedSharding(self._mesh, PartitionSpec())
         paid = parallel.compiled(kl_penalties, everywhere, estimator=s.loss.objective.kl_estimator)(old, reference, batch)

@@ -10,7 +10,7 @@ from pgrpo_jax import algorithm_settings
 from pgrpo_jax.generation.engine import GenerationSettings
 from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.kl_control import KLControl
-from pgrpo_jax.learner import LearnerSettings
+from pgrpo_jax.learner_settings import LearnerSettings
 from pgrpo_jax.models.families import ModelConfig
 from pgrpo_jax.models.quantised import STORAGE
 from pgrpo_jax.models.tokenizer import Tokenizer
@@ -112,6 +112,7 @@ def check(config: Any) -> None:
 
 def _check_numbers(config: Any) -> list[str]:
     g, buckets = config.generation, list(config.generation.prompt_buckets)
+    tokens, of_a_prompt = config.learner.micro_batch_tokens, max(buckets, default=0) + config.completions_per_prompt * g.max_new_tokens
     rules = [
         (config.completions_per_prompt >= 2, "completions_per_prompt", config.completions_per_prompt,
          "below 2: one completion has nothing to be compared with; set it to at least 2"),
@@ -125,6 +126,9 @@ def _check_numbers(config: Any) -> list[str]:
         (0 <= config.optimiser.b1 < 1, "optimiser.b1", config.optimiser.b1, "outside [0, 1): 0.9 is usual"),
         (0 <= config.optimiser.b2 < 1, "optimiser.b2", config.optimiser.b2, "outside [0, 1): 0.99 is usual"),
         (config.optimiser.eps > 0, "optimiser.eps", config.optimiser.eps, "not above 0: AdamW would divide by 0; 1e-8 is usual"),
+        (tokens == 0 or tokens >= of_a_prompt, "learner.micro_batch_tokens", tokens,
+         f"below {of_a_prompt}, what a prompt of the last of generation.prompt_buckets and its completions_per_prompt * "
+         "generation.max_new_tokens may have: raise it, or set it to 0 for no bound"),
         (0 < config.rewards.timeout_secs < math.inf, "rewards.timeout_secs", config.rewards.timeout_secs,
          "not above 0: every reward would fail; 30 is usual"),
         (config.lease_secs > 0, "lease_secs", config.lease_secs,
@@ -221,6 +225,8 @@ def learner_settings(config: Any, tokenizer: Tokenizer) -> LearnerSettings:
         num_preference_groups=num_preference_groups(config),
         completions_per_prompt=config.completions_per_prompt,
         micro_batches=config.learner.micro_batches,
+        micro_batch_tokens=config.learner.micro_batch_tokens,
+        packing=config.learner.packing,
         passes_per_batch=config.learner.passes_per_batch,
         pad_id=tokenizer.pad_id,
         loss=loss,

@@ -145,6 +145,8 @@ class TrainBatch:
         behaviour_log_probs: [N, Tc] float32.
         rewards: [N] float32.
         valid: [N] bool, False on rows that only pad the batch.
+        packing: [P, R, C] int32, the R rows of C tokens that the model computes for each prompt in place of one a completion: at every place
+            g * Tc + t, token t of the prompt's g-th completion, or -1; a completion's tokens lie together, in order. None: nothing is packed.
     """
 
     prompts: chex.Array
@@ -156,6 +158,7 @@ class TrainBatch:
     behaviour_log_probs: chex.Array
     rewards: chex.Array
     valid: chex.Array
+    packing: chex.Array | None = None
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)

@@ -20,7 +20,8 @@ from pgrpo_jax.algorithms.objective import Objective
 from pgrpo_jax.checkpoints import Checkpoints
 from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.curation import Curation
-from pgrpo_jax.learner import Learner, LearnerSettings
+from pgrpo_jax.learner import Learner
+from pgrpo_jax.learner_settings import LearnerSettings
 from pgrpo_jax.models import transformer
 from pgrpo_jax.models.families import ModelConfig, parameter_shapes
 from pgrpo_jax.schedule import Schedule

@@ -17,9 +17,9 @@ TEXTS = CODE + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "docs").r
 FLOORS = (
     {"structs", "buckets", "algorithms"},
     {"models", "generation", "tasks", "parallel", "batching", "preemption", "rollout_files", "exchange", "schedule", "verifiers"}
-    | {"digests", "weight_versions", "batch_metrics", "curation", "laboratory", "contributions", "batch_files", "compile_cache", "late_record"},
+    | {"digests", "weight_versions", "batch_metrics", "curation", "laboratory", "contributions", "batch_files", "compile_cache", "late_record", "packing"},
     {"controller", "checkpoints", "update", "parameter_server", "gradient_shares", "kl_control", "train_state"},
-    {"actor", "learner"},
+    {"actor", "learner", "learner_settings"},
     {"engines"},
     {"train", "evaluate", "deployment", "assembly", "settings", "placement", "metrics", "run_directory", "step_records", "console"}
     | {"report", "report_sections", "report_page", "charts", "alarms", "metric_table", "algorithm_settings"}
@@ -34,11 +34,13 @@ SAME_FLOOR = {
     "parallel": {"models"},
     "digests": {"parallel"},
     "weight_versions": {"digests"},
+    "batching": {"packing"},
     "curation": {"batching"},
     "gradient_shares": {"update"},
     "histories": {"algorithm_settings", "assembly", "microscope", "run_directory", "settings"},
     "record": {"assembly", "settings", "run_directory"},
     "train_state": {"update"},
+    "learner": {"learner_settings"},
     "settings": {"algorithm_settings"},
     "train": {"deployment", "settings", "evaluate", "step_records", "console", "alarms"},
     "evaluate": {"deployment", "settings", "run_directory", "console"},

@@ -198,3 +198,34 @@ def test_the_batch_of_a_step_is_written_when_asked(make, tmp_path, micro_batches
     np.testing.assert_allclose(
         np.where(expected.completion_mask, read.reference_log_probs, 0).reshape(reference.shape), np.where(flat.completion_mask, reference, 0), rtol=1e-5
     )
+
+
+def short(step: int):
+    """Units of `step` whose completions have two tokens at most: a row of the model holds two of them, or more."""
+    return tuple(dataclasses.replace(unit, completion_lengths=np.minimum(unit.completion_lengths, 2)) for unit in units(step))
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch_tokens": 32}, {"num_devices": 2}, {"num_devices": 4, "fsdp": 2, "micro_batch_tokens": 16}])
+def test_packing_changes_an_update_by_rounding_only(make, tmp_path, options):
+    kept = {"reference": cases.params("reference"), "kl": KLControl(coefficient=0.1), "dump_batches": (1, 2)}
+    plain, packed = make(where=0, **kept), make(where=1, packing=True, **kept, **options)
+    for step in range(2):
+        (expected, advantages), (found, of_packed) = (learner.update(short(step)) for learner in (plain, packed))
+        np.testing.assert_allclose(of_packed, advantages, atol=1e-6)
+        assert found.keys() == expected.keys()
+        for name in ("loss", "grad_norm", "entropy", "kl", "ratio", "preference_group/1/entropy", "mismatch/max"):
+            np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, atol=1e-6, err_msg=name)
+    for ours, its in zip(jax.tree.leaves(host(packed.state.trainable)), jax.tree.leaves(host(plain.state.trainable)), strict=True):
+        np.testing.assert_allclose(ours, its, atol=2e-5)
+    rows = batch_files.load_batch(tmp_path / "batches" / "step_000002.npz").batch.packing
+    assert rows.shape[2:] == (1, 2 * cases.TC) and rows.shape[0] == {0: 1, 32: 4, 16: 2}[options.get("micro_batch_tokens", 0)]
+
+
+def test_rewards_pay_for_the_kl_of_packed_completions_too(make):
+    paying = dataclasses.replace(cases.LOSS, objective=dataclasses.replace(cases.LOSS.objective, kl_in="reward"))
+    kept = {"reference": cases.params("reference"), "kl": KLControl(coefficient=0.3), "loss": paying}
+    plain, packed = make(where=0, **kept), make(where=1, packing=True, micro_batch_tokens=32, **kept)
+    (expected, advantages), (found, of_packed) = (learner.update(short(0)) for learner in (plain, packed))
+    np.testing.assert_allclose(of_packed, advantages, atol=1e-5)
+    np.testing.assert_allclose(found["reward_shaped"], expected["reward_shaped"], rtol=1e-5)
+    assert abs(found["reward_shaped"] - found["reward"]) > 0.1

@@ -7,6 +7,7 @@ import learner_cases as cases
 import numpy as np
 import pytest
 
+from pgrpo_jax import batching
 from pgrpo_jax.kl_control import KLControl
 
 BUCKETS, STEPS, UNIT = (6, 8), 50, cases.P // 2  # padded prompt lengths, tokens; updates; prompts in a unit
@@ -58,13 +59,21 @@ def ragged(index: int, step: int, width: int, longest: int):
     )
 
 
+def shapes(units, *, packed: bool):
+    """What the model computes: the width of completions, and the rows of a prompt where they are packed."""
+    batch = batching.to_train_batch(units, completions_per_prompt=cases.G, pad_id=cases.PAD)
+    rows = batching.pack(batch).packing if packed else None
+    return batch.completions.shape[1], None if rows is None else rows.shape[1]
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"longest": (cases.TC, MOST)},
+        {"longest": (cases.TC, MOST), "packing": True, "micro_batch_tokens": 400},
         {"longest": (cases.TC,), "kl": KLControl(coefficient=0.1), "micro_batches": 2, "passes_per_batch": 2, "gradients_every": 10, "num_devices": 2},
     ],
-    ids=["one pass", "everything"],
+    ids=["one pass", "packed", "everything"],
 )
 def test_fifty_ragged_steps_compile_no_more_than_their_first(options, compiled, tmp_path):
     options, reference = dict(options), cases.params("reference") if "kl" in options else None
@@ -76,12 +85,14 @@ def test_fifty_ragged_steps_compile_no_more_than_their_first(options, compiled, 
             rng = cases.named(f"widths {step}")
             widths = [int(rng.choice(BUCKETS)) for _ in range(2)] if step > 1 else [BUCKETS[step]] * 2
             most, before = int(rng.choice(longest)), len(compiled)
-            learner.update([ragged(2 * step + i, step, width, most) for i, width in enumerate(widths)])
-            kind = max(widths), most, "gradients_every" in options and learner.step % options["gradients_every"] == 0
+            units = [ragged(2 * step + i, step, width, most) for i, width in enumerate(widths)]
+            learner.update(units)
+            kind = max(widths), shapes(units, packed="packing" in options), "gradients_every" in options and learner.step % options["gradients_every"] == 0
             if kind in seen and len(compiled) > before:
                 grown.append((step, widths, compiled[before:]))
             seen.add(kind)
         kinds = len(BUCKETS) * len(longest) * (2 if "gradients_every" in options else 1)
+        kinds += len(BUCKETS) if "packing" in options else 0  # the widest are packed, or too long for it
         assert len(seen) == kinds and compiled, "all were trained on, and what compiles is seen"
         assert grown == []
     finally:

@@ -32,6 +32,8 @@ BAD = [
     ({"engine": "warp"}, "engine = 'warp' is unknown: use one of inline, threads, ray, replay"),
     ({"task__name": "chess"}, "task.name = 'chess' is unknown: use one of movielens, letters"),
     ({"model__dtype": "int8"}, "model.dtype = 'int8' is unknown: use one of float32, bfloat16"),
+    ({"learner__micro_batch_tokens": 1}, "learner.micro_batch_tokens = 1 is below 48, what a prompt of the last of generation.prompt_buckets "
+     "and its completions_per_prompt * generation.max_new_tokens may have: raise it, or set it to 0 for no bound"),
     ({"generation__weights": "int4"}, "generation.weights = 'int4' is unknown: use one of model, bfloat16, int8"),
     ({"generation__cache": ""}, "generation.cache = '' is unknown: use one of model, bfloat16, int8"),
     ({"learner__remat": "True"}, "learner.remat = 'True' is unknown: use one of off, keep_matmuls, keep_nothing"),

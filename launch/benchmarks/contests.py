@@ -40,6 +40,7 @@ CONTESTS = {
     "ragged generation": Contest("generation", {"generation_tokens_per_sec": "tokens/s"}, True, ("pgrpo_jax", "batches", "halved batches"), ("transformers",)),
     "storage": Contest("generation", {"generation_tokens_per_sec": "tokens/s"}, True, ("pgrpo_jax", "bfloat16", "int8"), ()),
     "update": Contest("update", {"learner_secs": "s"}, False, OURS, ("trl", "tunix")),
+    "ragged update": Contest("update", {"learner_secs": "s"}, False, ("pgrpo_jax", "unpacked"), ()),
     "step": Contest("step", {"step_secs": "s", "step_tokens_per_sec": "tokens/s", "learner_secs": "s of the learner"}, False, OURS, ("trl", "tunix"), cold_starts=True),
 }  # fmt: skip
 

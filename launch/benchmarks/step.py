@@ -10,7 +10,7 @@ import numpy as np
 
 from launch.benchmarks import ceilings, generation
 from launch.benchmarks.timing import secs
-from launch.benchmarks.update import KL_COEFFICIENT, learning_model, OPTIMISER, slices
+from launch.benchmarks.update import KL_COEFFICIENT, learning_model, OPTIMISER, TOKENS
 from launch.benchmarks.work import model_config
 from launch.peers.job import Job
 from pgrpo_jax import kl_control, parallel
@@ -22,7 +22,8 @@ from pgrpo_jax.curation import Curation
 from pgrpo_jax.generation.engine import Completions
 from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.kl_control import KLControl
-from pgrpo_jax.learner import Learner, LearnerSettings
+from pgrpo_jax.learner import Learner
+from pgrpo_jax.learner_settings import LearnerSettings
 from pgrpo_jax.models import transformer
 from pgrpo_jax.schedule import Schedule
 from pgrpo_jax.structs import Prompt, Rollouts, Work
@@ -37,9 +38,10 @@ def learner_settings(job: Job) -> LearnerSettings:
     """Returns P-GRPO, strictly on-policy, a constant KL coefficient."""
     loss = LossSettings(objective=Objective(max_length=job.new_tokens), support=Support(), num_preference_groups=PREFERENCE_GROUPS)
     return LearnerSettings(
-        num_steps=OPTIMISER.num_updates, schedule=Schedule(), num_preference_groups=PREFERENCE_GROUPS, micro_batches=slices(job),
+        num_steps=OPTIMISER.num_updates, schedule=Schedule(), num_preference_groups=PREFERENCE_GROUPS, micro_batches=1,
         completions_per_prompt=job.completions_per_prompt, passes_per_batch=1, pad_id=0, loss=loss, optimiser=OPTIMISER, weights_dtype="float32",
         curation=Curation(prompts_per_step=job.num_prompts, max_new_tokens=job.new_tokens), kl=_KL,
+        micro_batch_tokens=TOKENS,
     )  # fmt: skip
 
 

@@ -1,8 +1,10 @@
 """Scoring: log-probs of given completions in the learner's layout, each prompt computed once for all its completions."""
 
+import math
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from pgrpo_jax.generation import chunked, sampler
@@ -20,23 +22,44 @@ def score(model: Transformer, params: Any, batch: TrainBatch, support: sampler.S
     Args:
         model: the transformer.
         params: its parameters.
-        batch: prompts and completions; rewards and preference groups are not read.
+        batch: prompts and completions; rewards and preference groups are not read. With a `packing` the model computes its rows, where the
+            completions of each prompt lie together, equally many for each; gradients stay exact, values move by rounding.
         support: the distribution the completions were sampled from.
 
     Returns:
         (log-probs [N, Tc], entropies [N, Tc] in nats); values on padding are finite and meaningless.
     """
     prefix = transformer.prefill(model, params, batch.prompts, batch.prompt_lengths)
-    rows = batch.prompt_index
+    first = jnp.take(transformer.last_tokens(batch.prompts, batch.prompt_lengths), batch.prompt_index)
+    inputs = jnp.concatenate([first[:, None], batch.completions[:, :-1]], axis=1)
+    start = jnp.take(batch.prompt_lengths, batch.prompt_index)[:, None] - 1
+    positions = start + jnp.arange(inputs.shape[1], dtype=jnp.int32)[None, :]
+    tokens, rows, sequences = batch.completions, batch.prompt_index, None
+    if batch.packing is not None:
+        inputs, positions, tokens = [_packed(x, batch.packing) for x in (inputs, positions, tokens)]
+        rows = jnp.repeat(jnp.arange(len(batch.prompts), dtype=jnp.int32), batch.packing.shape[1])
+        sequences = (batch.packing // batch.completions.shape[1]).reshape(tokens.shape)
     context = Segment(
         key_values=KeyValues(
             keys=jnp.take(prefix.key_values.keys, rows, axis=1), values=jnp.take(prefix.key_values.values, rows, axis=1)
         ),
         mask=jnp.take(prefix.mask, rows, axis=0),
     )
-    first = jnp.take(transformer.last_tokens(batch.prompts, batch.prompt_lengths), rows)
-    inputs = jnp.concatenate([first[:, None], batch.completions[:, :-1]], axis=1)
-    start = jnp.take(batch.prompt_lengths, rows)[:, None] - 1
-    positions = start + jnp.arange(inputs.shape[1], dtype=jnp.int32)[None, :]
-    hidden, _ = transformer.forward(model, params, inputs, positions, (context,))
-    return chunked.log_probs(params, hidden, batch.completions, support)
+    hidden, _ = transformer.forward(model, params, inputs, positions, (context,), sequences)
+    scores = chunked.log_probs(params, hidden, tokens, support)
+    return scores if batch.packing is None else tuple(_unpacked(x, batch.packing, batch.completions.shape) for x in scores)
+
+
+def _packed(x: chex.Array, packing: chex.Array) -> chex.Array:
+    """[N, Tc] -> [P * R, C]; what lies at places without a token is some value of x. By prompt, so that no device needs another's rows."""
+    num_prompts, rows, size = packing.shape
+    places = jnp.maximum(packing.reshape(num_prompts, -1), 0)
+    return jnp.take_along_axis(x.reshape(num_prompts, -1), places, axis=1).reshape(num_prompts * rows, size)
+
+
+def _unpacked(x: chex.Array, packing: chex.Array, shape: tuple[int, int]) -> chex.Array:
+    """[P * R, C] -> [N, Tc], the inverse of `_packed`; 0 on padding."""
+    num_prompts, size = len(packing), math.prod(shape) // len(packing)
+    places = jnp.where(packing < 0, size, packing).reshape(num_prompts, -1)  # behind the end, where nothing is written
+    spread = jax.vmap(lambda at, values: jnp.zeros(size, x.dtype).at[at].set(values, mode="drop"))
+    return spread(places, x.reshape(num_prompts, -1)).reshape(shape)

@@ -139,12 +139,19 @@ _linear.defvjp(_linear_forward, _linear_backward)
 Attention = Callable[[chex.Array, chex.Array, chex.Array], tuple[chex.Array, Any]]
 
 
-def attention_over(parts: Sequence[tuple[chex.Array, chex.Array, chex.Array]]) -> Attention:
-    """Returns attention over `parts` of a context (of `attend`) and, causally, over the tokens themselves; it returns their keys and values."""
+def attention_over(parts: Sequence[tuple[chex.Array, chex.Array, chex.Array]], sequences: chex.Array | None = None) -> Attention:
+    """Returns attention over `parts` of a context (of `attend`) and, causally, over the tokens themselves; it returns their keys and values.
+
+    Args:
+        parts: every token attends to.
+        sequences: [B, T] int32, the sequence that each token belongs to, where a row holds several; None: one a row.
+    """
 
     def attention(query, keys, values):
-        causal = jnp.tril(jnp.ones((query.shape[1],) * 2, bool))[None]
-        return attend(query, [*parts, (keys, values, causal)]), (keys, values)
+        own = jnp.tril(jnp.ones((query.shape[1],) * 2, bool))[None]
+        if sequences is not None:
+            own = own & (sequences[:, :, None] == sequences[:, None, :])
+        return attend(query, [*parts, (keys, values, own)]), (keys, values)
 
     return attention
 

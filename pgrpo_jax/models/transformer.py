@@ -62,7 +62,7 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, contexts, masks, angles):
+    def __call__(self, x, contexts, masks, angles, sequences):
         """Scanned over layers: x [B, T, D] is carried, `contexts` holds this layer's (keys, values) of each segment."""
         c, ones = self.config, nn.initializers.ones
         wide, inner, mlp = _scaled_normal(c.width), _scaled_normal(c.num_heads * c.head_dim), _scaled_normal(c.mlp_width)
@@ -81,7 +81,7 @@ class Block(nn.Module):
         weights = {name: w if "norm" in name else w.astype(self.dtype) for name, w in weights.items()}
         weights["output"] = weights["output"].reshape(-1, c.width)
         parts = [(k, v, mask[:, None, :]) for (k, v), mask in zip(contexts, masks, strict=True)]
-        return layers.layer(c, weights, x, angles, layers.attention_over(parts))
+        return layers.layer(c, weights, x, angles, layers.attention_over(parts, sequences))
 
 
 class Transformer(nn.Module):
@@ -99,13 +99,16 @@ class Transformer(nn.Module):
     remat: str = "off"
 
     @nn.compact
-    def __call__(self, tokens: chex.Array, positions: chex.Array, context: Sequence[Segment] = ()) -> tuple[chex.Array, KeyValues]:
+    def __call__(
+        self, tokens: chex.Array, positions: chex.Array, context: Sequence[Segment] = (), sequences: chex.Array | None = None
+    ) -> tuple[chex.Array, KeyValues]:
         """Runs T tokens a row against a context.
 
         Args:
             tokens: [B, T] int32. Causal among themselves, so padding on the right is harmless.
             positions: [B, T] int32, tokens from the start of the sequence.
             context: segments every token may attend to.
+            sequences: [B, T] int32, where a row holds several sequences: which one a token belongs to; it sees no other. None: one a row.
 
         Returns:
             (hidden [B, T, D] after the final norm, keys and values of these tokens).
@@ -118,11 +121,11 @@ class Transformer(nn.Module):
             Block if self.remat == "off" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat]),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )(c, self.dtype, name="layers")
         contexts = tuple((s.key_values.keys, s.key_values.values) for s in context)
-        x, (keys, values) = stack(x, contexts, tuple(s.mask for s in context), layers.rotation(positions, c, self.dtype))
+        x, (keys, values) = stack(x, contexts, tuple(s.mask for s in context), layers.rotation(positions, c, self.dtype), sequences)
         scale = self.param("final_norm", nn.initializers.ones, (c.width,))
         if not c.tied_embeddings:
             self.param("head", _scaled_normal(c.width), (c.width, c.vocab_size))
@@ -136,9 +139,11 @@ def initialise(model: Transformer, key: chex.PRNGKey) -> Any:
     return model.init(key, tokens, tokens)["params"]
 
 
-def forward(model: Transformer, params: Any, tokens: chex.Array, positions: chex.Array, context: Sequence[Segment] = ()):
+def forward(
+    model: Transformer, params: Any, tokens: chex.Array, positions: chex.Array, context: Sequence[Segment] = (), sequences: chex.Array | None = None
+):
     """`Transformer.__call__` on a bare parameter tree; same arguments and returns."""
-    return model.apply({"params": params}, tokens, positions, context)
+    return model.apply({"params": params}, tokens, positions, context, sequences)
 
 
 def logits(params: Any, hidden: chex.Array) -> chex.Array:

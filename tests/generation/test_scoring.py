@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pgrpo_jax import batching
 from pgrpo_jax.generation import engine, sampler, scoring
 from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.models import families, transformer
@@ -64,7 +65,7 @@ def plain_score(model, params, batch, support):
 
 def gradients(function, model, params, batch):
     """The gradient of each completion's own sum of log-probs (each token with another weight), stacked on a leading axis."""
-    factors = np.where(batch.completion_mask, 1.0 + np.arange(5)[None, :], 0.0)
+    factors = np.where(batch.completion_mask, 1.0 + np.arange(batch.completions.shape[1])[None, :], 0.0)
 
     @jax.jit
     def compute(params):
@@ -85,6 +86,44 @@ def test_gradients_through_a_shared_prompt_equal_those_of_a_prompt_for_each(dtyp
             size = jax.tree.map(lambda b: np.sum(np.square(b[n], dtype=np.float64)), expected)
             relative = np.sqrt(sum(jax.tree.leaves(difference)) / sum(jax.tree.leaves(size)))
             assert relative <= tolerance, (n, relative)
+
+
+def packed_batch(size=5, per_prompt=6, seed=3):
+    """Six completions of each of four prompts in two rows of ten tokens; two are empty, one is of full length."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 5, 4 * per_prompt)
+    lengths[[0, 1, 7]] = 0, size, 0
+    prompts, completions = rng.integers(0, 23, (4, 6)), rng.integers(0, 23, (4 * per_prompt, size))
+    return batching.pack(make_batch(prompts, PROMPT_LENGTHS, completions, lengths, np.repeat(np.arange(4), per_prompt)))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-5), (np.float64, 1e-10)])
+def test_packed_completions_have_the_scores_and_gradients_of_a_row_for_each(dtype, tolerance):
+    support = Support(temperature=0.7, top_k=5, top_p=0.9)
+
+    def found(function, dtype):
+        with jax.enable_x64(dtype == np.float64):
+            model, params, batch = transformer.Transformer(CONFIG, dtype=jnp.dtype(dtype)), draw_params(dtype), packed_batch()
+            assert batch.packing.shape == (4, 2, 10) and batch.completion_mask.sum() > 30
+            scores = jax.jit(lambda params: function(model, params, batch, support))(params)
+            return batch, jax.device_get((scores, jax.tree.leaves(gradients(function, model, params, batch))))
+
+    (batch, (scores, gradient)), (_, (others, exact)) = found(scoring.score, dtype), found(plain_score, np.float64)
+    for mine, other in zip(scores, others):
+        np.testing.assert_allclose(mine, np.where(batch.completion_mask, other, 0), atol=tolerance)
+    for n in np.flatnonzero(batch.completion_mask.any(axis=1)):
+        difference, size = (sum(np.sum(np.square(x, dtype=np.float64)) for x in xs) for xs in ([a[n] - b[n] for a, b in zip(gradient, exact)], [b[n] for b in exact]))
+        assert np.sqrt(difference / size) <= tolerance, (n, np.sqrt(difference / size))
+
+
+def test_packed_neighbours_do_not_see_each_other():
+    model, params, batch = transformer.Transformer(CONFIG), draw_params(), packed_batch()
+    before, length = score(model, params, batch, Support())[0], batch.completion_mask.sum(axis=1)
+    for n in np.flatnonzero(length > 1):
+        tokens = batch.completions.copy()
+        tokens[n, 0] = (tokens[n, 0] + 1) % 23
+        moved = np.any(np.asarray(score(model, params, batch.replace(completions=tokens), Support())[0]) != before, axis=1)
+        assert np.flatnonzero(moved).tolist() == [n]
 
 
 @pytest.mark.parametrize("support", [Support(), Support(temperature=0.7, top_k=5, top_p=0.9)])

@@ -19,7 +19,7 @@ from launch.benchmarks import advantages, ceilings, checkpoint, contests, genera
 from launch.benchmarks.timing import EndedError, in_turn, ratios
 from launch.benchmarks.work import model_config
 from launch.peers.job import Job
-from pgrpo_jax import parallel
+from pgrpo_jax import batching, parallel
 from pgrpo_jax.algorithms import reward_history
 from pgrpo_jax.generation.engine import Completions
 from pgrpo_jax.models.families import ModelConfig
@@ -63,7 +63,7 @@ def test_ceilings_run():
         ("update --against=vllm", "--against=vllm: update knows trl, tunix"),
         ("weights --against=trl", "--against=trl: weights knows no peers"),
         ("generation --ragged --against=tunix", "--against=tunix: generation knows transformers"),
-        ("update --ragged", "--ragged: update has no ragged form"),
+        ("step --ragged", "--ragged: step has no ragged form: leave it out, or measure generation or update"),
         ("generation --ragged --new_tokens=7 --against=transformers", "--new_tokens=7 is below 8"),
         ("step --num_prompts=0", "--num_prompts=0 is below 1: give 1 or more"),
         ("step --rounds=0", "--rounds=0 is below 1"),
@@ -100,7 +100,23 @@ def test_slices_hold_whole_prompts_and_sixteen_sequences_at_most(prompts, comple
 def test_our_micro_batches_hold_whole_prompts_and_no_more_tokens_than_fit(prompts, completions, prompt_tokens, expected):
     job = Job(num_prompts=prompts, completions_per_prompt=completions, prompt_tokens=prompt_tokens)
     tokens = prompts * (prompt_tokens + completions * 64) // expected
-    assert update.slices(job) == expected and prompts % expected == 0 and (tokens <= update.TOKENS or prompts == expected)
+    found = batching.num_slices(update.batch(job, 0), at_least=1, most_tokens=update.TOKENS, devices=1)
+    assert found == expected and prompts % expected == 0 and (tokens <= update.TOKENS or prompts == expected)
+
+
+def test_ragged_updates_are_packed_or_not(monkeypatch):
+    """Both train on the job's own lengths; a full batch is the same to both."""
+    seen, scored = [], update.score_slices
+    monkeypatch.setattr(update, "score_slices", lambda *arguments: seen.append(arguments[-1]) or scored(*arguments))
+    job = Job(num_prompts=2, completions_per_prompt=6, prompt_tokens=4, new_tokens=32, layers=1, ragged=True)
+    with jax.numpy_dtype_promotion("standard"):
+        for work in (update.ours(job), update.unpacked(job), update.ours(dataclasses.replace(job, ragged=False))):
+            assert work(4)["learner_secs"] > 0
+    packed, plain, full = seen
+    assert packed.packing.shape[-2:] == (2, 64) and plain.packing is None
+    for batch in (packed, plain):
+        assert np.asarray(batch.completion_mask).sum(axis=-1).reshape(-1).tolist() == job.limits(4).tolist()
+    assert full.packing is None and np.all(full.completion_mask)
 
 
 def test_ragged_lengths_are_uniform_and_the_same_for_whoever_asks():
