@@ -69,11 +69,10 @@ def shapes(units, *, packed: bool):
 @pytest.mark.parametrize(
     "options",
     [
-        {"longest": (cases.TC, MOST)},
-        {"longest": (cases.TC, MOST), "packing": True, "micro_batch_tokens": 400},
+        {"longest": (cases.TC, 33), "packing": True, "micro_batch_tokens": 400},
         {"longest": (cases.TC,), "kl": KLControl(coefficient=0.1), "micro_batches": 2, "passes_per_batch": 2, "gradients_every": 10, "num_devices": 2},
     ],
-    ids=["one pass", "packed", "everything"],
+    ids=["packed", "everything"],
 )
 def test_fifty_ragged_steps_compile_no_more_than_their_first(options, compiled, tmp_path):
     options, reference = dict(options), cases.params("reference") if "kl" in options else None
@@ -92,7 +91,7 @@ def test_fifty_ragged_steps_compile_no_more_than_their_first(options, compiled, 
                 grown.append((step, widths, compiled[before:]))
             seen.add(kind)
         kinds = len(BUCKETS) * len(longest) * (2 if "gradients_every" in options else 1)
-        kinds += len(BUCKETS) if "packing" in options else 0  # the widest are packed, or too long for it
+        kinds += len(BUCKETS) if "packing" in options else 0  # of the wide ones some can be packed
         assert len(seen) == kinds and compiled, "all were trained on, and what compiles is seen"
         assert grown == []
     finally:
