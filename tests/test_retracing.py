@@ -1,4 +1,5 @@
-"""Ragged data compiles nothing new: after the first step of each prompt bucket and completion width, and the first that measures gradients there, no program is."""
+"""Ragged data compiles nothing new: after the first step of each prompt bucket, completion width and number of packed rows, and the first that measures
+gradients there, no program is."""
 
 import dataclasses
 

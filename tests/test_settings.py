@@ -91,6 +91,14 @@ def test_one_line_for_one_error(changes, line):
     assert errors(**changes) == [line]
 
 
+def test_the_learner_is_told_how_a_batch_is_cut_and_packed():
+    told = [
+        settings.learner_settings(small_config.config(**changes), ByteTokenizer())
+        for changes in ({}, {"learner__packing": True, "learner__micro_batch_tokens": 50, "learner__micro_batches": 2})
+    ]
+    assert [(s.packing, s.micro_batch_tokens, s.micro_batches) for s in told] == [(False, 0, 1), (True, 50, 2)]
+
+
 @pytest.mark.parametrize("key", sorted(settings._AT_LEAST))
 def test_every_lower_bound_is_checked(key):
     least = settings._AT_LEAST[key]

@@ -21,7 +21,8 @@ from launch.benchmarks.timing import EndedError
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _DRIVERS = _ROOT / "launch" / "peers"
 OWN = {  # in our own environment: the function that does the work
-    "pgrpo_jax": "ours", "ceiling": "ceiling", "batches": "batches", "halved batches": "halved_batches", "bfloat16": "bfloat16", "int8": "int8", "unpacked": "unpacked",
+    "pgrpo_jax": "ours", "ceiling": "ceiling", "batches": "batches", "halved batches": "halved_batches", "bfloat16": "bfloat16", "int8": "int8",
+    "unpacked": "unpacked",
 }  # fmt: skip
 REQUIREMENTS = {
     "transformers": ("torch==2.13.0", "transformers==5.23.0"),

@@ -36,7 +36,8 @@ def batch(job: Job, seed: int) -> TrainBatch:
     return TrainBatch(
         prompts=job.prompts(seed), prompt_lengths=np.full(job.num_prompts, job.prompt_tokens, np.int32),
         preference_ids=np.zeros(job.num_prompts, np.int32), completions=rng.integers(10, VOCABULARY, shape).astype(np.int32),
-        completion_mask=np.arange(job.new_tokens)[None, :] < job.limits(seed)[:, None], prompt_index=np.repeat(np.arange(job.num_prompts, dtype=np.int32), job.completions_per_prompt),
+        completion_mask=np.arange(job.new_tokens)[None, :] < job.limits(seed)[:, None],
+        prompt_index=np.repeat(np.arange(job.num_prompts, dtype=np.int32), job.completions_per_prompt),
         behaviour_log_probs=np.full(shape, -10, np.float32), rewards=rng.random(job.num_sequences).astype(np.float32),
         valid=np.ones(job.num_sequences, bool),
     )  # fmt: skip
