@@ -2,6 +2,8 @@
 
 from typing import Sequence
 
+import numpy as np
+
 _FEWEST_COLUMNS = 32  # widths of completions are no nearer to each other
 
 
@@ -28,3 +30,19 @@ def completion_widths(max_new_tokens: int) -> list[int]:
     """Returns the widths that arrays of completions come in, rising: quarters of the longest, but never a few columns more; one compilation each."""
     columns = max(_FEWEST_COLUMNS, -(-max_new_tokens // (4 * _FEWEST_COLUMNS)) * _FEWEST_COLUMNS)
     return [*range(columns, max_new_tokens, columns), max_new_tokens]
+
+
+def shared_columns(prompts: np.ndarray, lengths: np.ndarray) -> int:
+    """Returns how many columns, from the first on, hold the same tokens in all prompts: a power of two, or 0 where sharing them would not pay.
+
+    The last token of each prompt is never among them.
+
+    Args:
+        prompts: [P, Tp] int32, padded on the right.
+        lengths: [P] int32, tokens.
+    """
+    if len(prompts) < 2:
+        return 0
+    differs = np.append((prompts != prompts[:1]).any(axis=0), True)
+    columns = min(int(differs.argmax()), int(lengths.min()) - 1)
+    return 2 ** (columns.bit_length() - 1) if columns >= _FEWEST_COLUMNS else 0

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pgrpo_jax.generation import sampler
+from pgrpo_jax.generation import kv_cache, sampler
+from pgrpo_jax.generation.kv_cache import Caches
 from pgrpo_jax.models import layers, quantised, transformer
 from pgrpo_jax.models.quantised import Stored
 from pgrpo_jax.models.transformer import Transformer
 
-Caches = tuple[tuple[Stored, Stored], ...]  # of each layer: keys [*, Hkv, Dh, S], values [*, Hkv, S, Dh]; scales, where there are, [*, Hkv, S]
 _TABLES = {"embedding": 1, "head": 0}  # axis of a token's vector
 
 
@@ -110,98 +110,38 @@ def _lay_out_layer(model: Transformer, storage: str, stacked: Any, row: chex.Arr
     return stored | {name: w[name] for name in ("attention_norm", "mlp_norm")}
 
 
-def keep(keys: chex.Array, values: chex.Array, storage: str) -> tuple[Stored, Stored]:
-    """Returns keys [*, Hkv, Dh, S] and values [*, Hkv, S, Dh] as caches hold them; with int8 each token's vector has a scale."""
-    return quantised.store(keys, storage, axis=2), quantised.store(values, storage, axis=3)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def prefill(model: Transformer, storage: str, weights: Any, prompts: chex.Array) -> Caches:
-    """Computes prompts [P, Tp] int32, padded on the right, once for all their completions; `weights` are those of `lay_out`."""
+def prefill(model: Transformer, storage: str, weights: Any, prompts: chex.Array, beginning: Caches = ()) -> Caches:
+    """Computes prompts once for all their completions.
+
+    Args:
+        model: the transformer.
+        storage: of `quantised.STORAGE`, of the caches.
+        weights: of `lay_out`.
+        prompts: [P, Tp] int32, padded on the right.
+        beginning: of the tokens that all of them begin with and that are not among `prompts`, one row; () = none.
+
+    Returns:
+        Caches of P rows and Tp tokens.
+    """
     c = model.config
-    columns = jnp.arange(prompts.shape[1], dtype=jnp.int32)[None, :]
+    columns = kv_cache.extent(beginning)[1] + jnp.arange(prompts.shape[1], dtype=jnp.int32)[None, :]
     angles = layers.rotation(jnp.broadcast_to(columns, prompts.shape), c, model.dtype)
     x, caches = quantised.take(weights["embedding"], prompts, model.dtype), []
-    for layer in weights["layers"]:
-        x, kept = layers.layer(c, layer, x, angles, layers.attention_over([]))
-        caches.append(keep(*kept, storage))
+    for layer, begun in zip(weights["layers"], _parts(beginning, c.num_layers), strict=True):
+        x, kept = layers.layer(c, layer, x, angles, layers.attention_over(begun))
+        caches.append(kv_cache.keep(*kept, storage))
     return tuple(caches)
 
 
-@jax.jit
-def gather_prompts(prefilled: Caches, table: chex.Array) -> Caches:
-    """Lays the prompts that each block holds next to each other.
-
-    Args:
-        prefilled: of P prompts of Tp tokens.
-        table: [blocks, places] int32, the prompt at each place.
-
-    Returns:
-        Caches of `blocks` rows and places * Tp tokens.
-    """
-
-    def gathered(x: chex.Array, axis: int) -> chex.Array:
-        x = jnp.moveaxis(jnp.take(x, table, axis=0), 1, axis)  # the places just before their columns
-        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-    return _by_column(gathered, prefilled)
+def _parts(beginning: Caches, num_layers: int) -> list[list[tuple[Stored, Stored, chex.Array]]]:
+    """Of each layer the part of its context, for `layers.attend`, that all rows share; empty where there is none."""
+    return [[(*kept, jnp.ones((1, 1, kv_cache.extent(beginning)[1]), bool))] for kept in beginning] or [[] for _ in range(num_layers)]
 
 
-def extent(caches: Caches) -> tuple[int, int]:
-    """Returns the (rows, columns) of caches."""
-    keys = jax.tree.leaves(caches)[0]
-    return keys.shape[0], keys.shape[-1]
-
-
-def _by_column(fn: Callable[..., chex.Array], *caches: Caches) -> Caches:
-    """Applies a function to every array of one or more caches; it is told at which axis the columns lie."""
-    keys = jax.tree.map(lambda first, *rest: fn(first, *rest, axis=first.ndim - 1), *[[keys for keys, _ in each] for each in caches])
-    values = jax.tree.map(functools.partial(fn, axis=2), *[[values for _, values in each] for each in caches])
-    return tuple(zip(keys, values, strict=True))
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def put_prompt(prefix: Caches, prefilled: Caches, block: chex.Array, place: chex.Array, prompt: chex.Array) -> Caches:
-    """Returns `prefix`, of `gather_prompts`, with another prompt at a block's place; the three are int32 scalars."""
-
-    def put(held: chex.Array, kept: chex.Array, axis: int) -> chex.Array:
-        start = [block] + [0] * (held.ndim - 1)
-        start[axis] = place * kept.shape[axis]
-        return jax.lax.dynamic_update_slice(held, jax.lax.dynamic_slice_in_dim(kept, prompt, 1, axis=0), start)
-
-    return _by_column(put, prefix, prefilled)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def empty_caches(model: Transformer, storage: str, rows: int, width: int) -> Caches:
-    """Returns room for `width` tokens of each of `rows` slots."""
-    c = model.config
-    keys, values = [(rows, c.num_kv_heads, *shape) for shape in ((c.head_dim, width), (width, c.head_dim))]
-    return tuple(keep(jnp.zeros(keys, model.dtype), jnp.zeros(values, model.dtype), storage) for _ in range(c.num_layers))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def resize(caches: Caches, width: int, first: chex.Array) -> Caches:
-    """Returns a ring of `width` columns that begins with column `first`, int32 scalar, of the old one and goes on as that did."""
-
-    def turned(x: chex.Array, axis: int) -> chex.Array:
-        x = jnp.roll(x, -first, axis=axis)
-        if width <= x.shape[axis]:
-            return jax.lax.slice_in_dim(x, 0, width, axis=axis)
-        return jnp.pad(x, [(0, width - size if place == axis else 0) for place, size in enumerate(x.shape)])
-
-    return _by_column(turned, caches)
-
-
-@jax.jit
-def take_rows(tree: Any, rows: chex.Array) -> Any:
-    """Returns some rows of arrays [B, ...]: those of `rows` int32, in that order."""
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), tree)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5, 7))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(6, 8))
 def decode(
-    model: Transformer, settings: Any, places: int, weights: Any, prefix: Caches, caches: Caches, slots: SlotState, drawn: Drawn,
+    model: Transformer, settings: Any, places: int, weights: Any, beginning: Caches, prefix: Caches, caches: Caches, slots: SlotState, drawn: Drawn,
     key: chex.PRNGKey, step: chex.Array, origin: chex.Array, until: Until,
 ) -> tuple[Caches, SlotState, Drawn, chex.Array]:
     """Draws tokens, step after step, until the host has something to do.
@@ -211,7 +151,8 @@ def decode(
         settings: `engine.GenerationSettings`.
         places: prompts that each block holds.
         weights: of `lay_out`.
-        prefix: the prompts of the blocks, rows B / rows per block.
+        beginning: of the tokens that all prompts begin with, one row; () = none.
+        prefix: what follows them in the prompts of the blocks, rows B / rows per block.
         caches: the ring, `width` columns: step s writes column (s - origin) mod width. No running slot may become older than `width` tokens.
         slots: what the slots work on.
         drawn: what they have drawn, size = max_new_tokens columns.
@@ -224,20 +165,20 @@ def decode(
         (caches, slots, drawn, step), the first and the third in the memory of those that were given.
     """  # fmt: skip
     chex.assert_equal_shape([*jax.tree.leaves(slots)])
-    (_, width), (blocks, held), size = extent(caches), extent(prefix), drawn.tokens.shape[1]
-    length = held // places
+    (_, width), (blocks, held), size = kv_cache.extent(caches), kv_cache.extent(prefix), drawn.tokens.shape[1]
+    length, begun = held // places, kv_cache.extent(beginning)[1]
     columns, in_block = jnp.arange(width, dtype=jnp.int32)[None, :], jnp.arange(held, dtype=jnp.int32)[None, :]
-    of_prompt = (in_block // length == slots.places[:, None]) & (in_block % length < slots.prompt_lengths[:, None] - 1)
+    of_prompt = (in_block // length == slots.places[:, None]) & (in_block % length < slots.prompt_lengths[:, None] - 1 - begun)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, slots.completions.astype(jnp.uint32))
     # Of all positions, before the loop: inside it the compiler would compute a cosine anew wherever one is used.
-    angles = layers.rotation(jnp.arange(length + size, dtype=jnp.int32)[:, None], model.config, model.dtype)
+    angles = layers.rotation(jnp.arange(begun + length + size, dtype=jnp.int32)[:, None], model.config, model.dtype)
 
     def one(carry: Any) -> Any:
         caches, slots, drawn, step = carry
         column, place = (step - origin) % width, step % size
         own = (column - columns) % width <= slots.ages[:, None]
-        at = take_rows(angles, slots.positions)
-        logits, caches = _forward(model, settings.cache, weights, prefix, caches, slots, at, of_prompt, own, column)
+        at = kv_cache.take_rows(angles, slots.positions)
+        logits, caches = _forward(model, settings.cache, weights, beginning, prefix, caches, slots, at, of_prompt, own, column)
         uniforms = jax.vmap(lambda k, i: jax.random.uniform(jax.random.fold_in(k, i), dtype=logits.dtype))(keys, slots.ages)
         tokens, log_probs = sampler.sample(logits, uniforms, settings.support)
         running = slots.running
@@ -263,16 +204,17 @@ def decode(
     return jax.lax.while_loop(unfinished, one, (caches, slots, drawn, step))
 
 
-def _forward(model, storage, weights, prefix, caches, slots, angles, of_prompt, own, column):
+def _forward(model, storage, weights, beginning, prefix, caches, slots, angles, of_prompt, own, column):
     """Returns (logits [B, V] of one step, caches with its keys and values)."""
     x, kept = quantised.take(weights["embedding"], slots.inputs[:, None], model.dtype), []
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=column)
-    for layer, cached, shared in zip(weights["layers"], caches, prefix, strict=True):
+    common = _parts(beginning, model.config.num_layers)
+    for layer, begun, cached, shared in zip(weights["layers"], common, caches, prefix, strict=True):
 
-        def attention(query, keys, values, cached=cached, shared=shared):
+        def attention(query, keys, values, begun=begun, cached=cached, shared=shared):
             # Written first and read after: a cache that is read and then written would be copied.
-            (both,) = _by_column(write, (cached,), (keep(keys, values, storage),))
-            return layers.attend(query, [(*shared, of_prompt[:, None]), (*both, own[:, None])]), both
+            (both,) = kv_cache.by_column(write, (cached,), (kv_cache.keep(keys, values, storage),))
+            return layers.attend(query, [*begun, (*shared, of_prompt[:, None]), (*both, own[:, None])]), both
 
         x, both = layers.layer(model.config, layer, x, angles, attention)
         kept.append(both)

@@ -1,6 +1,6 @@
 """Generation: each prompt is computed once for all its completions, slots that have ended are refilled, many steps run in one program.
 
-The device's side is decoding.py, the host's slots.py; here they meet.
+What all prompts begin with is computed once for all of them. The device's side is decoding.py, the host's slots.py; here they meet.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ import chex
 import jax
 import numpy as np
 
-from pgrpo_jax.buckets import bucket_length, completion_widths
-from pgrpo_jax.generation import decoding, sampler
+from pgrpo_jax.buckets import bucket_length, completion_widths, shared_columns
+from pgrpo_jax.generation import decoding, kv_cache, sampler
 from pgrpo_jax.generation.slots import Slots
 from pgrpo_jax.models.transformer import Transformer
 
@@ -146,17 +146,19 @@ class _Run:
 
     def __init__(self, model, params, prompts, lengths, key, limits, settings):
         self._model, self._settings, self._key = model, settings, key
-        self._arrangement = arrange(*limits.shape, settings.slots, short=prompts.shape[1] <= settings.max_new_tokens)
+        begun = shared_columns(prompts, lengths)
+        self._arrangement = arrange(*limits.shape, settings.slots, short=prompts.shape[1] - begun <= settings.max_new_tokens)
         last = np.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
         self._slots = Slots(lengths, last, limits, **self._arrangement, smallest=settings.smallest_batch)
         size, rows = settings.max_new_tokens, len(self._slots.began)
         self._widths = completion_widths(size)
         self._width, self._step, self._origin = self._widths[0], 0, 0
         self._weights = decoding.lay_out(model, params, settings.weights)
-        self._prefilled = decoding.prefill(model, settings.cache, self._weights, prompts)
+        self._beginning = decoding.prefill(model, settings.cache, self._weights, prompts[:1, :begun]) if begun else ()
+        self._prefilled = decoding.prefill(model, settings.cache, self._weights, prompts[:, begun:], self._beginning)
         self._slots.refill(0)
-        self._prefix = decoding.gather_prompts(self._prefilled, np.maximum(self._slots.table, 0))
-        self._caches = decoding.empty_caches(model, settings.cache, rows, self._width)
+        self._prefix = kv_cache.gather_prompts(self._prefilled, np.maximum(self._slots.table, 0))
+        self._caches = kv_cache.empty(model, settings.cache, rows, self._width)
         self._drawn = decoding.Drawn(tokens=np.zeros((rows, size), np.int32), log_probs=np.zeros((rows, size), np.float32))
         count = limits.size
         self.completions = Completions(
@@ -176,8 +178,8 @@ class _Run:
             name: np.int32(value) for name, value in {"step": last, "running": fewest, "per_block": per_block, "blocks": blocks}.items()
         })  # fmt: skip
         self._caches, state, self._drawn, step = decoding.decode(
-            self._model, self._settings, self._arrangement["places"], self._weights, self._prefix, self._caches, slots.state, self._drawn,
-            self._key, np.int32(self._step), np.int32(self._origin), until,
+            self._model, self._settings, self._arrangement["places"], self._weights, self._beginning, self._prefix, self._caches,
+            slots.state, self._drawn, self._key, np.int32(self._step), np.int32(self._origin), until,
         )  # fmt: skip
         state, drawn, step = jax.device_get((state, self._drawn, step))
         self._step = int(step)
@@ -199,12 +201,12 @@ class _Run:
         """Gives ended slots new work, or makes the batch smaller; makes the caches wider when they are full."""
         slots = self._slots
         for block, place, prompt in slots.refill(self._step):
-            self._prefix = decoding.put_prompt(self._prefix, self._prefilled, *map(np.int32, (block, place, prompt)))
+            self._prefix = kv_cache.put_prompt(self._prefix, self._prefilled, *map(np.int32, (block, place, prompt)))
         while slots.state.running.any() and (kept := slots.shrink()) is not None:
             rows, blocks = kept
-            self._caches, self._drawn = decoding.take_rows((self._caches, self._drawn), rows)
-            if len(blocks) < decoding.extent(self._prefix)[0]:
-                self._prefix = decoding.take_rows(self._prefix, blocks)
+            self._caches, self._drawn = kv_cache.take_rows((self._caches, self._drawn), rows)
+            if len(blocks) < kv_cache.extent(self._prefix)[0]:
+                self._prefix = kv_cache.take_rows(self._prefix, blocks)
         self._resize()
 
     def _resize(self) -> None:
@@ -217,5 +219,5 @@ class _Run:
             self._width = enough if enough <= before // 2 else before
         if self._width != before:
             first = self._step - age
-            self._caches = decoding.resize(self._caches, self._width, np.int32((first - self._origin) % before))
+            self._caches = kv_cache.resize(self._caches, self._width, np.int32((first - self._origin) % before))
             self._origin = first

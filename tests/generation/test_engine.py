@@ -1,5 +1,6 @@
 """Generation: against SmolLM2's reference answers, the uncached forward and exact probabilities; how often what is computed."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -14,7 +15,7 @@ import pytest
 import scipy.stats
 
 from pgrpo_jax import buckets
-from pgrpo_jax.generation import decoding, engine, sampler
+from pgrpo_jax.generation import decoding, engine, kv_cache, sampler
 from pgrpo_jax.generation.engine import GenerationSettings
 from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.models import families, transformer, weights
@@ -184,7 +185,7 @@ def run_of(prompts, what, *, completions_per_prompt, seed=0, limits=None):
     limits = np.full(shape, what.max_new_tokens, np.int32) if limits is None else limits
     run = engine._Run(TINY, PARAMS, padded, lengths, jax.random.key(seed), limits, what)
     nothing = decoding.Until(step=np.int32(99), running=np.int32(0), per_block=np.int32(0), blocks=np.int32(0))
-    arguments = (run._weights, run._prefix, run._caches, run._slots.state, run._drawn, run._key, np.int32(0), np.int32(0), nothing)
+    arguments = (run._weights, run._beginning, run._prefix, run._caches, run._slots.state, run._drawn, run._key, np.int32(0), np.int32(0), nothing)
     return run, (TINY, what, run._arrangement["places"], *arguments)
 
 
@@ -245,7 +246,7 @@ def alone(prompt, limit, n, *, seed, what):
     """Completion n decoded by itself: tokens by the uncached forward, one at a time, with the same random numbers."""
     stream, tokens, scores = jax.random.fold_in(jax.random.key(seed), n), [], []
     for i in range(limit):
-        row = np.array([[*prompt, *tokens] + [0] * (45 - len(prompt) - i)], np.int32)
+        row = np.array([[*prompt, *tokens] + [0] * (65 - len(prompt) - i)], np.int32)
         logits = np.asarray(log_softmax(TINY, PARAMS, row))[:, len(prompt) + i - 1]
         uniform = jax.random.uniform(jax.random.fold_in(stream, i), (1,), jnp.float32)
         token, score = jax.jit(sampler.sample, static_argnums=2)(logits, uniform, what.support)
@@ -276,12 +277,35 @@ def test_refilled_slots_draw_what_each_completion_draws_alone(slots, completions
     assert out.truncated.any() and not out.truncated.all()
 
 
+BEGINNING = np.random.default_rng(5).integers(3, 23, 40).tolist()  # of which 32 columns are shared
+
+
+@pytest.mark.parametrize("slots, bucket", [(0, 48), (2, 48), (4, 80)])
+def test_what_all_prompts_begin_with_is_computed_once_and_changes_nothing(slots, bucket):
+    """Slots for all, slots of their own, blocks of slots; the shortest prompt ends where the beginning does."""
+    prompts = [BEGINNING + rest for rest in ([], [1, 2, 3, 4, 5], [7, 8, 22], [9])]
+    what = settings(max_new_tokens=20, stop_ids=(0,), slots=slots, prompt_buckets=(bucket,))
+    run, arguments = run_of(prompts, what, completions_per_prompt=3)
+    assert kv_cache.extent(run._beginning) == (1, 32) and kv_cache.extent(run._prefilled) == (4, bucket - 32)
+    assert len(run._slots.table) == {0: 4, 2: 2, 4: 1}[slots]
+    out = generate(prompts, what, seed=3, completions_per_prompt=3)
+    for n in range(12):
+        tokens, scores = alone(prompts[n // 3], 20, n, seed=3, what=what)
+        assert out.tokens[n, : out.lengths[n]].tolist() == tokens
+        np.testing.assert_allclose(out.log_probs[n, : len(tokens)], scores, atol=1e-5)
+    rest = [[first] * (bucket - 32) for first in range(4)]  # no beginning in common
+    _, without = run_of(rest, dataclasses.replace(what, prompt_buckets=(bucket - 32,)), completions_per_prompt=3)
+    turns = [multiplications(decoding.decode.trace(*each).jaxpr.jaxpr)["loop"] for each in (arguments, without)]
+    rows, attention = len(run._slots.began), 2 * CONFIG.num_heads * CONFIG.head_dim
+    assert turns[0] - turns[1] == CONFIG.num_layers * rows * attention * 32  # no place holds the beginning a second time
+
+
 def test_caches_grow_and_the_batch_shrinks_while_completions_end(monkeypatch):
     """64 rows in blocks of 16 with limits from 1 to 100: programs of 64, 32 and 16 rows and of 32, 64, 96 and 100 columns, the same completions."""
     seen, original = [], decoding.decode
 
     def watched(*arguments):
-        seen.append((len(arguments[6].ages), arguments[5][0][0].shape[-1]))
+        seen.append((len(arguments[7].ages), kv_cache.extent(arguments[6])[1]))
         return original(*arguments)
 
     monkeypatch.setattr(decoding, "decode", watched)
@@ -301,7 +325,7 @@ def test_caches_become_narrow_again_when_old_completions_have_made_room(monkeypa
     widths, original = [], decoding.decode
 
     def watched(*arguments):
-        widths.append(decoding.extent(arguments[5])[1])
+        widths.append(kv_cache.extent(arguments[6])[1])
         return original(*arguments)
 
     monkeypatch.setattr(decoding, "decode", watched)
