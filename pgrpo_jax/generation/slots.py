@@ -1,7 +1,8 @@
 """The host's side of generation: which completion each slot of the batch works on, and when the batch becomes smaller.
 
 A slot that has ended is given the next completion at once. Slots lie in blocks, and a block holds few prompts: as long as the completions of
-a prompt last they go to the block that holds it, so that its cache is read once for all of them. Longest first: what may become long begins early.
+a prompt last they go to the block that holds it, so that its cache is read once for all of them. Longest first: what may become long begins early,
+so that all end at about the same time, in caches that have become narrow; of a block, and of all prompts where every slot is a block of its own.
 """
 
 import numpy as np
@@ -65,9 +66,10 @@ class Slots:
             place = self._place(block)
             if place is None:
                 continue
-            prompt = int(self.table[block, place])
-            if not (prompt >= 0 and self._waiting[prompt]):
+            prompt = held = int(self.table[block, place])
+            if self._rows_per_block == 1 or held < 0 or not self._waiting[held]:
                 prompt = self._next_prompt()
+            if prompt != held:
                 self.table[block, place] = prompt
                 moves.append((block, place, prompt))
             self._begin(row, prompt, place, step)
