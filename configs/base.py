@@ -34,7 +34,7 @@ KEYS = {
     "task.data_dir": Key(str(_ASSETS / "ml-100k"), "free", "directory of the task's source files"),
     "task.num_preference_groups": Key(5, "identity", "K; of each task in a mixture"),
     "task.preference_groups": Key("", "identity", "how users are assigned: kmeans | column:NAME | rating | persona | user (docs/data.md); '' = the task's own"),
-    "model.path": Key(str(_ASSETS / "smollm2-135m"), "free", "GGUF file or a directory holding one; '' = random weights from model.random"),
+    "model.path": Key(str(_ASSETS / "smollm2-135m"), "free", "GGUF file, a directory holding one, or a Hugging Face directory (safetensors); '' = random weights from model.random"),
     "model.random.num_layers": Key(2, "identity", "used only when model.path is ''"),
     "model.random.width": Key(64, "identity", "D"),
     "model.random.mlp_width": Key(128, "identity", "F"),

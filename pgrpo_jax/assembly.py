@@ -19,7 +19,7 @@ from pgrpo_jax.buckets import bucket_length
 from pgrpo_jax.checkpoints import Checkpoints
 from pgrpo_jax.learner import Learner
 from pgrpo_jax.models import tokenizer as tokenizers
-from pgrpo_jax.models import families, transformer, weights
+from pgrpo_jax.models import parameters, transformer, weights
 from pgrpo_jax.tasks import arms, curated, difficulty, mixture, Task
 from pgrpo_jax.train_state import initial_state
 from pgrpo_jax.verifiers import Judge
@@ -120,12 +120,12 @@ def load_base(config: Any, task: Task, *, parameters: bool = True) -> Base:
         FileNotFoundError: there is no model file.
     """
     path, dtype = config.model.path, jnp.dtype(config.model.dtype)
-    tokenizer = tokenizers.from_gguf(path) if path else tokenizers.ByteTokenizer()
+    tokenizer = tokenizers.load(path) if path else tokenizers.ByteTokenizer()
     model_config = weights.read_config(path) if path else settings.random_model(config, tokenizer.vocab_size)
     _check_lengths(config, task, tokenizer, model_config.context_length)
     mesh = config.learner.mesh
-    faults = families.sharding_faults(model_config, of="learner.mesh", fsdp=mesh.fsdp, tp=mesh.tp)
-    faults += families.sharding_faults(model_config, of="actor", fsdp=1, tp=config.actor.tp)
+    faults = parameters.sharding_faults(model_config, of="learner.mesh", fsdp=mesh.fsdp, tp=mesh.tp)
+    faults += parameters.sharding_faults(model_config, of="actor", fsdp=1, tp=config.actor.tp)
     if faults:
         raise ValueError("\n".join(faults))
     model = transformer.Transformer(model_config, dtype=dtype)
@@ -136,7 +136,7 @@ def load_base(config: Any, task: Task, *, parameters: bool = True) -> Base:
 def load_params(config: Any, model: transformer.Transformer) -> Any:
     """Returns the parameters of the untrained policy: from the model file, on the host (a device may not hold them all), or drawn."""
     if config.model.path:
-        return weights.load_gguf(config.model.path)[1]
+        return weights.load(config.model.path)[1]
     return transformer.initialise(model, jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(b"model.random")))
 
 

@@ -1,7 +1,6 @@
 """A JSON item of an Orbax step whose content is computed while the step is written, so that nobody waits for it; the commit does."""
 
 import dataclasses
-import json
 from typing import Any, Callable
 
 import orbax.checkpoint as ocp

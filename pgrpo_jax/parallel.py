@@ -1,7 +1,7 @@
 """Floor 1: how arrays and functions are laid out over devices, those of several processes included.
 
 The learner's mesh has three axes: rows of a batch are split over ("data", "fsdp"), parameters and what the optimiser keeps for them over
-("fsdp", "tp") by one table (`families.SHARDED_AXES`). An actor's model lies on devices of one process, split over "tp" alone.
+("fsdp", "tp") by one table (`parameters.SHARDED_AXES`). An actor's model lies on devices of one process, split over "tp" alone.
 
 `pmapped` is the only caller of `jax.pmap`, which JAX keeps in maintenance (it is itself jit + shard_map): should it go, that
 one function is rewritten.
@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from pgrpo_jax.algorithms import advantages
 from pgrpo_jax.algorithms.advantages import AdvantageSettings, Diagnostics
-from pgrpo_jax.models.families import ModelConfig, parameter_shapes, sharding_faults, SHARDED_AXES
+from pgrpo_jax.models.config import ModelConfig
+from pgrpo_jax.models.parameters import parameter_shapes, sharding_faults, SHARDED_AXES
 from pgrpo_jax.structs import RewardHistory
 
 AXIS = "devices"  # of `pmapped`
@@ -72,7 +73,7 @@ def layout(tree: Any, mesh: Mesh) -> Any:
     So parameters, gradients, Adam's moments and published versions lie alike, and counters and histories lie everywhere.
 
     Args:
-        tree: arrays or shapes; parameters under the names of `families.parameter_shapes`.
+        tree: arrays or shapes; parameters under the names of `parameter_shapes`.
         mesh: of `make_mesh`, or one with some of its axes: what is split over another stays whole.
     """
 
@@ -210,7 +211,7 @@ def localise(weights: Any, *, model: ModelConfig, devices: Sequence[jax.Device])
     place. What already lies as wanted may be shared, not copied: nobody may donate it.
 
     Args:
-        weights: a tree of `families.parameter_shapes`, any dtype.
+        weights: a tree of `parameter_shapes`, any dtype.
         model: the model's sizes.
         devices: the actor's, of this process.
 

@@ -11,7 +11,7 @@ from pgrpo_jax.generation.engine import GenerationSettings
 from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.kl_control import KLControl
 from pgrpo_jax.learner_settings import LearnerSettings
-from pgrpo_jax.models.families import ModelConfig
+from pgrpo_jax.models.config import ModelConfig
 from pgrpo_jax.models.quantised import STORAGE
 from pgrpo_jax.models.tokenizer import Tokenizer
 from pgrpo_jax.models.transformer import REMAT

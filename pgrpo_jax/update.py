@@ -31,7 +31,7 @@ class OptimiserSettings:
         warmup_steps: updates of linear warm-up.
         num_updates: updates in the whole run.
         b1, b2, eps: Adam's.
-        weight_decay: decoupled, on matrices only (not on norm scales).
+        weight_decay: decoupled, on matrices only (not on norm scales, not on biases).
         clip_norm: limit of the global gradient norm; 0 = off.
     """
 
@@ -88,7 +88,10 @@ def make_optimiser(settings: OptimiserSettings) -> optax.GradientTransformation:
     """Returns AdamW with the schedule, the decay mask and the norm limit of `settings`."""
 
     def is_matrix(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+        def decays(path: Any, _: Any) -> bool:
+            return not any(kind in jax.tree_util.keystr(path) for kind in ("norm", "bias"))
+
+        return jax.tree_util.tree_map_with_path(decays, params)
 
     adamw = optax.adamw(
         learning_rate(settings), b1=settings.b1, b2=settings.b2, eps=settings.eps, weight_decay=settings.weight_decay, mask=is_matrix

@@ -23,7 +23,8 @@ from pgrpo_jax.curation import Curation
 from pgrpo_jax.learner import Learner
 from pgrpo_jax.learner_settings import LearnerSettings
 from pgrpo_jax.models import transformer
-from pgrpo_jax.models.families import ModelConfig, parameter_shapes
+from pgrpo_jax.models.config import ModelConfig
+from pgrpo_jax.models.parameters import parameter_shapes
 from pgrpo_jax.schedule import Schedule
 from pgrpo_jax.structs import Prompt, Rollouts, TrainBatch, Work
 from pgrpo_jax.train_state import initial_state

@@ -10,12 +10,14 @@ import pytest
 from pgrpo_jax.actor import Actor, Sizes
 from pgrpo_jax.generation import engine
 from pgrpo_jax.generation.sampler import Support
-from pgrpo_jax.models import families, transformer
+from pgrpo_jax.models import transformer
+from pgrpo_jax.models.config import ModelConfig
+from pgrpo_jax.models.parameters import parameter_shapes
 from pgrpo_jax.models.tokenizer import ByteTokenizer
 from pgrpo_jax.structs import Reward, RewardFailure, Work
 from pgrpo_jax.tasks import letters
 
-CONFIG = families.ModelConfig(
+CONFIG = ModelConfig(
     num_layers=1, width=8, mlp_width=8, num_heads=2, num_kv_heads=1, head_dim=4, vocab_size=259, context_length=64, rope_theta=100.0,
     norm_epsilon=1e-5, tied_embeddings=True,
 )  # fmt: skip
@@ -53,7 +55,7 @@ WORK = Work(index=5, step=2, version=1)
 
 def draw_weights(seed=0):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda spec: rng.normal(0, 0.5, spec.shape).astype(np.float32), families.parameter_shapes(CONFIG))
+    return jax.tree.map(lambda spec: rng.normal(0, 0.5, spec.shape).astype(np.float32), parameter_shapes(CONFIG))
 
 
 def content(rollouts):

@@ -65,6 +65,8 @@ OWNERS = {
     "ray": {"engines"},
     "flax": {"models"},
     "gguf": {"models"},
+    "safetensors": {"models"},
+    "ml_dtypes": {"models"},
     "tokenizers": {"models"},
     "jinja2": {"models"},
     "tensorflow_datasets": {"tasks"},

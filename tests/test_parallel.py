@@ -1,5 +1,6 @@
 """Layouts: the table against the model, arrays that come together, and two real processes that train as one."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ from pgrpo_jax import parallel
 from pgrpo_jax.checkpoints import Checkpoints, state_sha256
 from pgrpo_jax.generation.engine import generate, GenerationSettings
 from pgrpo_jax.generation.sampler import Support
-from pgrpo_jax.models.families import parameter_shapes, sharding_faults, SHARDED_AXES
+from pgrpo_jax.models.parameters import parameter_shapes, sharding_faults, SHARDED_AXES
 
 MESHES = [(8, 1), (4, 2), (2, 2), (1, 2), (1, 1)]  # fsdp, tp, of 8 devices
 UNTIED = cases.CONFIG.__class__(**{**vars(cases.CONFIG), "tied_embeddings": False})
@@ -45,14 +46,15 @@ def test_a_mesh_that_does_not_divide_is_refused(fsdp, tp):
 
 
 def test_the_table_names_every_axis_of_every_parameter():
-    shapes = parameter_shapes(UNTIED)
+    shapes = parameter_shapes(dataclasses.replace(UNTIED, qkv_bias=True, qk_norm=True, post_norms=True))
     flat = {path[-1].key: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     assert flat.keys() == SHARDED_AXES.keys()
     for name, leaf in flat.items():
         axes = SHARDED_AXES[name]
         assert len(axes) == leaf.ndim, name
         cut = [axis for axis in axes if axis]
-        assert sorted(cut) == ([] if "norm" in name else ["fsdp", "tp"]), f"{name}: matrices are cut once by each, norms are whole"
+        expected = [] if "norm" in name else ["tp"] if "bias" in name else ["fsdp", "tp"]
+        assert sorted(cut) == expected, f"{name}: matrices are cut once by each, biases by heads, norms are whole"
 
 
 @pytest.mark.parametrize("fsdp, tp", MESHES)

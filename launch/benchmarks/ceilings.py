@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from launch.peers.job import Job
-from pgrpo_jax.models.families import ModelConfig
+from pgrpo_jax.models.config import ModelConfig
 
 
 def _weights(config: ModelConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pgrpo_jax import parallel
 from pgrpo_jax.algorithms import reward_history
 from pgrpo_jax.checkpoints import Checkpoints
 from pgrpo_jax.models import transformer
-from pgrpo_jax.models.families import ModelConfig
+from pgrpo_jax.models.config import ModelConfig
 from pgrpo_jax.structs import TrainState
 from pgrpo_jax.train_state import initial_state
 

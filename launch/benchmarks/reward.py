@@ -116,7 +116,7 @@ def _trl(directory: pathlib.Path, seed: int) -> tuple[list[object], pathlib.Path
     """TRL's command line, and the file of its rewards; it is given our prompts, in our order, and our hyperparameters."""
     config = movielens.get_config()
     config.seed = seed
-    task, tokenizer = assembly.load_task(config), tokenizers.from_gguf(next(_MODEL.glob("*.gguf")))
+    task, tokenizer = assembly.load_task(config), tokenizers.load(next(_MODEL.glob("*.gguf")))
     prompts, file = directory / "prompts.jsonl", directory / "rewards.jsonl"
     with prompts.open("w") as rows:
         for prompt in task.prompts("train", 0, MOST_UPDATES * config.prompts_per_step):

@@ -81,7 +81,7 @@ def rollouts(job: Job, done: Completions, *, step: int, seed: int) -> Rollouts:
 
 def ours(job: Job) -> Callable[[int], dict[str, Any]]:
     """Returns the work of a round: a step of the learner, on completions of its newest weights."""
-    model = learning_model(job)
+    model = learning_model(job, "keep_nothing")
     learner = make_learner(job, model, pathlib.Path(tempfile.mkdtemp()))
 
     def work(seed: int) -> dict[str, Any]:

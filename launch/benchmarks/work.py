@@ -1,7 +1,7 @@
 """The model that everybody is timed on: SmolLM2-135M's shape with random weights. The job is launch/peers/job.py's."""
 
 from launch.peers.job import Job, VOCABULARY
-from pgrpo_jax.models.families import ModelConfig
+from pgrpo_jax.models.config import ModelConfig
 
 
 def model_config(job: Job) -> ModelConfig:

@@ -7,7 +7,7 @@ completions answer.
 """
 
 import functools
-from typing import Any, Callable
+from typing import Any
 
 import chex
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 
 from pgrpo_jax.generation import kv_cache, sampler
 from pgrpo_jax.generation.kv_cache import Caches
-from pgrpo_jax.models import layers, quantised, transformer
+from pgrpo_jax.models import attention, layers, quantised, transformer
 from pgrpo_jax.models.quantised import Stored
 from pgrpo_jax.models.transformer import Transformer
 
@@ -85,7 +85,7 @@ def lay_out(model: Transformer, params: Any, storage: str = "model") -> dict[str
 
     Args:
         model: the transformer.
-        params: of `families.parameter_shapes`.
+        params: of `parameters.parameter_shapes`.
         storage: of `quantised.STORAGE`, of the matrices; with int8 each output has a scale.
 
     Returns:
@@ -107,7 +107,10 @@ def _lay_out_layer(model: Transformer, storage: str, stacked: Any, row: chex.Arr
         "down": w["down"],
     }  # fmt: skip
     stored = {name: quantised.store(x.astype(model.dtype), storage, axis=0) for name, x in fused.items()}
-    return stored | {name: w[name] for name in ("attention_norm", "mlp_norm")}
+    if model.config.qkv_bias:
+        query = w["query_bias"].reshape(model.config.num_kv_heads, -1, model.config.head_dim)
+        stored["query_key_value_bias"] = jnp.concatenate([query, w["key_bias"][:, None], w["value_bias"][:, None]], axis=1)
+    return stored | {name: x for name, x in w.items() if "norm" in name}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -124,19 +127,18 @@ def prefill(model: Transformer, storage: str, weights: Any, prompts: chex.Array,
     Returns:
         Caches of P rows and Tp tokens.
     """
-    c = model.config
-    columns = kv_cache.extent(beginning)[1] + jnp.arange(prompts.shape[1], dtype=jnp.int32)[None, :]
-    angles = layers.rotation(jnp.broadcast_to(columns, prompts.shape), c, model.dtype)
-    x, caches = quantised.take(weights["embedding"], prompts, model.dtype), []
-    for layer, begun in zip(weights["layers"], _parts(beginning, c.num_layers), strict=True):
-        x, kept = layers.layer(c, layer, x, angles, layers.attention_over(begun))
+    c, begun = model.config, kv_cache.extent(beginning)[1]
+    positions = jnp.broadcast_to(begun + jnp.arange(prompts.shape[1], dtype=jnp.int32)[None, :], prompts.shape)
+    angles = {local: layers.rotation(positions, c, model.dtype, local=local) for local in (False, True)}
+    whole, at = jnp.ones((1, 1, begun), bool), jnp.arange(begun, dtype=jnp.int32)[None, :]
+    x, caches = transformer.embed(c, quantised.take(weights["embedding"], prompts, model.dtype)), []
+    for row, layer in enumerate(weights["layers"]):
+        window = c.window(row)
+        parts = [(*beginning[row], whole, at)] if beginning else []
+        attended = attention.attention_over(c, parts, positions, window=window or None)
+        x, kept = layers.layer(c, layer, x, angles[window > 0], attended)
         caches.append(kv_cache.keep(*kept, storage))
     return tuple(caches)
-
-
-def _parts(beginning: Caches, num_layers: int) -> list[list[tuple[Stored, Stored, chex.Array]]]:
-    """Of each layer the part of its context, for `layers.attend`, that all rows share; empty where there is none."""
-    return [[(*kept, jnp.ones((1, 1, kv_cache.extent(beginning)[1]), bool))] for kept in beginning] or [[] for _ in range(num_layers)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(6, 8))
@@ -171,14 +173,16 @@ def decode(
     of_prompt = (in_block // length == slots.places[:, None]) & (in_block % length < slots.prompt_lengths[:, None] - 1 - begun)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, slots.completions.astype(jnp.uint32))
     # Of all positions, before the loop: inside it the compiler would compute a cosine anew wherever one is used.
-    angles = layers.rotation(jnp.arange(begun + length + size, dtype=jnp.int32)[:, None], model.config, model.dtype)
+    every = jnp.arange(begun + length + size, dtype=jnp.int32)[:, None]
+    angles = {local: layers.rotation(every, model.config, model.dtype, local=local) for local in (False, True)}
 
     def one(carry: Any) -> Any:
         caches, slots, drawn, step = carry
         column, place = (step - origin) % width, step % size
-        own = (column - columns) % width <= slots.ages[:, None]
-        at = kv_cache.take_rows(angles, slots.positions)
-        logits, caches = _forward(model, settings.cache, weights, beginning, prefix, caches, slots, at, of_prompt, own, column)
+        past = (column - columns) % width  # tokens since a column was written
+        own, at = past <= slots.ages[:, None], kv_cache.take_rows(angles, slots.positions)
+        masks = _masks(model.config, slots.positions[:, None], (begun, of_prompt, begun + in_block % length), (own, past))
+        logits, caches = _forward(model, settings.cache, weights, beginning, prefix, caches, slots, at, masks, column)
         uniforms = jax.vmap(lambda k, i: jax.random.uniform(jax.random.fold_in(k, i), dtype=logits.dtype))(keys, slots.ages)
         tokens, log_probs = sampler.sample(logits, uniforms, settings.support)
         running = slots.running
@@ -204,22 +208,36 @@ def decode(
     return jax.lax.while_loop(unfinished, one, (caches, slots, drawn, step))
 
 
-def _forward(model, storage, weights, beginning, prefix, caches, slots, angles, of_prompt, own, column):
+def _masks(config, positions, prompts, ring):
+    """Window -> masks [B or 1, S] of the beginning, of the blocks' prompts and of the slots' own tokens, without what lies further back; 0 = no window."""
+    (begun, of_prompt, places), (own, past) = prompts, ring
+    places_of_beginning, of_beginning = jnp.arange(begun, dtype=jnp.int32)[None, :], jnp.ones((1, begun), bool)
+    masks = {0: (of_beginning, of_prompt, own)}
+    for window in {*config.windows} - {0}:
+        first = positions - window  # the last token that is too far away
+        masks[window] = (places_of_beginning > first, of_prompt & (places > first), own & (past < window))
+    return masks
+
+
+def _forward(model, storage, weights, beginning, prefix, caches, slots, angles, masks, column):
     """Returns (logits [B, V] of one step, caches with its keys and values)."""
-    x, kept = quantised.take(weights["embedding"], slots.inputs[:, None], model.dtype), []
+    c, kept = model.config, []
+    x = transformer.embed(c, quantised.take(weights["embedding"], slots.inputs[:, None], model.dtype))
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=column)
-    common = _parts(beginning, model.config.num_layers)
-    for layer, begun, cached, shared in zip(weights["layers"], common, caches, prefix, strict=True):
+    for row, layer in enumerate(weights["layers"]):
+        of_beginning, of_prompt, own = masks[c.window(row)]
 
-        def attention(query, keys, values, begun=begun, cached=cached, shared=shared):
+        def attended(query, keys, values, row=row, of_beginning=of_beginning, of_prompt=of_prompt, own=own):
             # Written first and read after: a cache that is read and then written would be copied.
-            (both,) = kv_cache.by_column(write, (cached,), (kv_cache.keep(keys, values, storage),))
-            return layers.attend(query, [*begun, (*shared, of_prompt[:, None]), (*both, own[:, None])]), both
+            (both,) = kv_cache.by_column(write, (caches[row],), (kv_cache.keep(keys, values, storage),))
+            parts = [(*beginning[row], of_beginning[:, None])] if beginning else []
+            parts += [(*prefix[row], of_prompt[:, None]), (*both, own[:, None])]
+            return attention.attend(query, parts, **attention.constants(c)), both
 
-        x, both = layers.layer(model.config, layer, x, angles, attention)
+        x, both = layers.layer(c, layer, x, angles[c.window(row) > 0], attended)
         kept.append(both)
-    hidden = layers.rms_norm(x, weights["final_norm"], epsilon=model.config.norm_epsilon)
-    return transformer.logits(weights, hidden)[:, 0], tuple(kept)
+    hidden = layers.rms_norm(x, weights["final_norm"], epsilon=c.norm_epsilon, offset=c.norm_offset)
+    return transformer.logits(weights, hidden, c.logit_soft_cap)[:, 0], tuple(kept)
 
 
 def _write(ring: chex.Array, values: chex.Array, running: chex.Array, column: chex.Array) -> chex.Array:

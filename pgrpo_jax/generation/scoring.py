@@ -40,7 +40,7 @@ def score(model: Transformer, params: Any, batch: TrainBatch, support: sampler.S
         inputs, positions, tokens = [_packed(x, batch.packing) for x in (inputs, positions, tokens)]
         sequences = (batch.packing // batch.completions.shape[1]).reshape(tokens.shape)
     hidden, _ = transformer.forward(model, params, inputs, positions, (prefix,), sequences)
-    scores = chunked.log_probs(params, hidden, tokens, support)
+    scores = chunked.log_probs(params, hidden, tokens, support, model.config.logit_soft_cap)
     return scores if batch.packing is None else tuple(_unpacked(x, batch.packing, batch.completions.shape) for x in scores)
 
 

@@ -1,34 +1,37 @@
-"""One layer of the transformer as pure functions: rotation, attention over parts of a context, norms, and the matmuls between them.
+"""One layer of the transformer as pure functions: rotation, norms, and the matmuls between them.
 
-The same text serves prefill, decoding and training; what a layer's tokens attend to is a function that it is given.
+The same text serves prefill, decoding and training; what a layer's tokens attend to is a function that it is given (attention.py).
 """
 
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Mapping
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pgrpo_jax.models.families import ModelConfig
-from pgrpo_jax.models.quantised import Quantised, read, Stored
+from pgrpo_jax.models.attention import Attention
+from pgrpo_jax.models.config import ModelConfig
+from pgrpo_jax.models.quantised import Quantised, read, Stored, wide
 
 MATMUL = "matmul"  # names, for `transformer.REMAT`, what a layer's matmuls lead to
 
-def rotation(positions: chex.Array, config: ModelConfig, dtype: Any) -> tuple[chex.Array, chex.Array]:
-    """Angles of the rotary position embedding (Su et al. 2021, arXiv:2104.09864), the same for every layer.
+
+def rotation(positions: chex.Array, config: ModelConfig, dtype: Any, *, local: bool = False) -> tuple[chex.Array, chex.Array]:
+    """Angles of the rotary position embedding (Su et al. 2021, arXiv:2104.09864), the same for every layer of a kind.
 
     Args:
         positions: [B, T] int32, tokens from the start of the sequence.
-        config: of whose sizes the head's and `rope_theta`, the base of the geometric progression of wavelengths, are read.
+        config: of which the frequencies are read.
         dtype: of the result; angles are computed in float32 or wider.
+        local: of layers with a window.
 
     Returns:
         (cosines, sines), each [B, T, 1, Dh/2].
     """
     chex.assert_rank(positions, 2)
-    half, exact = config.head_dim // 2, wide(dtype)
-    frequencies = jnp.asarray(config.rope_theta, exact) ** (-jnp.arange(half, dtype=exact) / half)
+    exact = wide(dtype)
+    frequencies = jnp.asarray(config.frequencies(local=local), exact)
     angles = positions.astype(exact)[:, :, None, None] * frequencies[None, None, None, :]
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
@@ -41,67 +44,22 @@ def rotate(x: chex.Array, angles: tuple[chex.Array, chex.Array]) -> chex.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def attend(query: chex.Array, parts: Sequence[tuple[Stored, Stored, chex.Array]]) -> chex.Array:
-    """Grouped-query attention over several parts of a context, with one softmax over all of them.
+def rms_norm(x: chex.Array, scale: chex.Array, *, epsilon: float, offset: float = 0.0) -> chex.Array:
+    """Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467) of the last axis, computed in float32 or wider.
 
     Args:
-        query: [B, T, H, Dh].
-        parts: (keys [Bs, Hkv, Dh, S], values [Bs, Hkv, S, Dh], mask [B or Bs or 1, T or 1, S] bool); Bs divides B. Keys and values may be
-            stored in less room, each token's vector with a scale.
-
-    Returns:
-        [B, T, H, Dh], the dtype of query; scores and softmax in float32 or wider.
-    """
-    batch, length, heads, head_dim = query.shape
-    read_parts = [(*read(keys, query.dtype), *read(values, query.dtype), mask) for keys, values, mask in parts]
-    kv_heads, exact, scores = read_parts[0][0].shape[1], wide(query.dtype), []
-    grouped = (kv_heads, heads // kv_heads, length)  # query heads that share a key head lie next to each other
-    query = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
-    for keys, scales, _, _, mask in read_parts:
-        rows, size = keys.shape[0], keys.shape[-1]
-        s = jnp.matmul(_by_row(query, rows), keys, preferred_element_type=exact) * jnp.asarray(head_dim**-0.5, exact)
-        s = s if scales is None else s * scales.astype(exact)[:, :, None, :]
-        s = s.reshape(rows, kv_heads, batch // rows, heads // kv_heads, length, size)
-        mask = mask.reshape(rows, -1, *mask.shape[1:]) if len(mask) == batch else mask[:, None]
-        s = jnp.where(mask[:, None, :, None, :, :], s, jnp.asarray(jnp.finfo(exact).min, exact))
-        scores.append(s.swapaxes(1, 2).reshape(batch, *grouped, size))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
-    outputs, start = [], 0
-    for _, _, values, scales, _ in read_parts:
-        rows, size = values.shape[0], values.shape[2]
-        part = _by_row(weights[..., start : start + size], rows)
-        out = jnp.matmul(part if scales is None else part * scales[:, :, None, :], values)
-        out = out.reshape(rows, kv_heads, batch // rows, heads // kv_heads, length, head_dim)
-        outputs.append(out.swapaxes(1, 2).reshape(batch, *grouped, head_dim))
-        start += size
-    return sum(outputs[1:], outputs[0]).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
-
-
-def _by_row(x: chex.Array, rows: int) -> chex.Array:
-    """[B, Hkv, G, T, *] -> [Bs, Hkv, B/Bs·G·T, *]: everything that meets the same keys in one matrix."""
-    batch, kv_heads, *_, last = x.shape
-    return x.reshape(rows, batch // rows, *x.shape[1:]).swapaxes(1, 2).reshape(rows, kv_heads, -1, last)
-
-
-def rms_norm(x: chex.Array, scale: chex.Array, *, epsilon: float) -> chex.Array:
-    """Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467), computed in float32 or wider.
-
-    Args:
-        x: [B, T, D].
+        x: [..., D].
         scale: [D].
         epsilon: added to the mean square.
+        offset: added to the scale.
 
     Returns:
-        [B, T, D], the dtype of x.
+        [..., D], the dtype of x.
     """
     exact = x.astype(wide(x.dtype))
     inverse = jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + jnp.asarray(epsilon, exact.dtype))
-    return (exact * inverse * scale.astype(exact.dtype)[None, None, :]).astype(x.dtype)
-
-
-def wide(dtype: Any) -> Any:
-    """Returns float32 for half-precision types, the type itself otherwise."""
-    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+    scale = scale.astype(exact.dtype) + jnp.asarray(offset, exact.dtype) if offset else scale.astype(exact.dtype)
+    return (exact * inverse * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 def linear(x: chex.Array, weight: Stored) -> chex.Array:
@@ -135,35 +93,14 @@ def _linear_backward(kept: tuple[chex.Array, chex.Array], dy: chex.Array) -> tup
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
-# (queries [B, T, H, Dh], keys [B, Hkv, Dh, T], values [B, Hkv, T, Dh]) -> (attended [B, T, H, Dh], what the layer returns beside it)
-Attention = Callable[[chex.Array, chex.Array, chex.Array], tuple[chex.Array, Any]]
-
-
-def attention_over(parts: Sequence[tuple[chex.Array, chex.Array, chex.Array]], sequences: chex.Array | None = None) -> Attention:
-    """Returns attention over `parts` of a context (of `attend`) and, causally, over the tokens themselves; it returns their keys and values.
-
-    Args:
-        parts: every token attends to.
-        sequences: [B, T] int32, the sequence that each token belongs to, where a row holds several; None: one a row.
-    """
-
-    def attention(query, keys, values):
-        own = jnp.tril(jnp.ones((query.shape[1],) * 2, bool))[None]
-        if sequences is not None:
-            own = own & (sequences[:, :, None] == sequences[:, None, :])
-        return attend(query, [*parts, (keys, values, own)]), (keys, values)
-
-    return attention
-
-
 def layer(
     config: ModelConfig, weights: Mapping[str, Stored], x: chex.Array, angles: tuple[chex.Array, chex.Array], attention: Attention
 ) -> tuple[chex.Array, Any]:
-    """One layer: attention, then a gated MLP; both residual, pre-normalised.
+    """One layer: attention, then a gated MLP; both residual, pre-normalised, and post-normalised where the model has those norms.
 
     Args:
         config: the model's sizes.
-        weights: of `families.parameter_shapes`, without the axis of layers, in the dtype of x, "output" as one matrix [H·Dh, D]; or of
+        weights: of `parameters.parameter_shapes`, without the axis of layers, in the dtype of x, "output" as one matrix [H·Dh, D]; or of
             `decoding.lay_out`, which has "query_key_value" [D, Hkv, H/Hkv + 2, Dh] and "gate_up" [D, 2, F] in place of the five matrices
             they are made of.
         x: [B, T, D].
@@ -173,20 +110,40 @@ def layer(
     Returns:
         (x after the layer, what `attention` returned beside the attended values).
     """
-    h = rms_norm(x, weights["attention_norm"], epsilon=config.norm_epsilon)
-    if "query_key_value" in weights:
-        fused = linear(h, weights["query_key_value"])
-        query = fused[:, :, :, :-2].reshape(*x.shape[:2], config.num_heads, config.head_dim)
-        keys, values = fused[:, :, :, -2], fused[:, :, :, -1]
-    else:
-        query, keys, values = [linear(h, weights[name]) for name in ("query", "key", "value")]
+
+    def norm(x: chex.Array, name: str) -> chex.Array:
+        return rms_norm(x, weights[name], epsilon=config.norm_epsilon, offset=config.norm_offset)
+
+    def added(x: chex.Array, change: chex.Array, name: str) -> chex.Array:
+        return x + norm(checkpoint_name(change, MATMUL), name) if config.post_norms else x + change
+
+    query, keys, values = _projected(config, weights, norm(x, "attention_norm"))
+    if config.qk_norm:
+        query, keys = norm(checkpoint_name(query, MATMUL), "query_norm"), norm(checkpoint_name(keys, MATMUL), "key_norm")
     query, keys, values = [checkpoint_name(part, MATMUL) for part in (rotate(query, angles), rotate(keys, angles), values)]
     attended, kept = attention(query, keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2))
-    x = checkpoint_name(x + linear(attended.reshape(*x.shape[:2], -1), weights["output"]), MATMUL)
+    x = checkpoint_name(added(x, linear(attended.reshape(*x.shape[:2], -1), weights["output"]), "post_attention_norm"), MATMUL)
+    return added(x, _mlp(config, weights, norm(x, "mlp_norm")), "post_mlp_norm"), kept
 
-    h = rms_norm(x, weights["mlp_norm"], epsilon=config.norm_epsilon)
+
+def _projected(config: ModelConfig, weights: Mapping[str, Stored], h: chex.Array) -> list[chex.Array]:
+    """Queries [B, T, H, Dh], keys and values [B, T, Hkv, Dh] of normalised activations."""
+    if "query_key_value" not in weights:
+        parts = [linear(h, weights[name]) for name in ("query", "key", "value")]
+        biases = [weights[f"{name}_bias"].astype(h.dtype)[None, None] for name in ("query", "key", "value")] if config.qkv_bias else ()
+        return [part + bias for part, bias in zip(parts, biases, strict=True)] if config.qkv_bias else parts
+    fused = linear(h, weights["query_key_value"])
+    if config.qkv_bias:
+        fused = fused + weights["query_key_value_bias"].astype(h.dtype)[None, None]
+    query = fused[:, :, :, :-2].reshape(*h.shape[:2], config.num_heads, config.head_dim)
+    return [query, fused[:, :, :, -2], fused[:, :, :, -1]]
+
+
+def _mlp(config: ModelConfig, weights: Mapping[str, Stored], h: chex.Array) -> chex.Array:
+    """The gated MLP of normalised activations [B, T, D] (Shazeer 2020, arXiv:2002.05202)."""
     if "gate_up" in weights:
         gate, up = jnp.moveaxis(linear(h, weights["gate_up"]), 2, 0)
     else:
         gate, up = [checkpoint_name(linear(h, weights[name]), MATMUL) for name in ("gate", "up")]
-    return x + linear(jax.nn.silu(gate) * up, weights["down"]), kept
+    gate = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+    return linear(gate * up, weights["down"])

@@ -42,7 +42,7 @@ def store(x: chex.Array, storage: str, *, axis: int) -> Stored:
         return x.astype(jnp.bfloat16)
     if storage != "int8":
         raise ValueError(f"storage {storage!r} is unknown: use one of {', '.join(STORAGE)}")
-    x = x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x  # in half precision the greatest would round to 128
+    x = x.astype(wide(x.dtype))  # in half precision the greatest would round to 128
     greatest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
     scales = jnp.where(greatest > 0, greatest, jnp.ones_like(greatest)) / jnp.asarray(_GREATEST, x.dtype)
     return Quantised(integers=jnp.round(x / scales).astype(jnp.int8), scales=jnp.squeeze(scales, axis))
@@ -61,3 +61,8 @@ def take(table: Stored, rows: chex.Array, dtype: Any) -> chex.Array:
         scales = jnp.take(table.scales, rows, axis=0).astype(dtype)
         return jnp.take(table.integers, rows, axis=0).astype(dtype) * jnp.expand_dims(scales, -1)
     return jnp.take(table, rows, axis=0).astype(dtype)
+
+
+def wide(dtype: Any) -> Any:
+    """Returns what sums and scores are kept in: float32 for half-precision types, the type itself otherwise."""
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype

@@ -6,15 +6,18 @@ generation/decoding.py writes them out, over weights laid out for it.
 """
 
 import functools
+import math
 from typing import Any, Sequence
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pgrpo_jax.models import layers, quantised
-from pgrpo_jax.models.families import ModelConfig
+from pgrpo_jax.models import attention, layers, quantised
+from pgrpo_jax.models.config import ModelConfig
+from pgrpo_jax.models.parameters import parameter_shapes
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -37,10 +40,12 @@ class Segment:
     Attributes:
         key_values: of S tokens for Bs rows; Bs divides the batch B, and rows `b` with the same `b // (B / Bs)` share one.
         mask: [Bs, S] bool, True where a token may be attended to.
+        positions: [Bs, S] int32, tokens from the start of the sequence.
     """
 
     key_values: KeyValues
     mask: chex.Array
+    positions: chex.Array
 
 
 # What the backward pass finds of each layer -> the checkpoint policy, where it has to compute the rest anew.
@@ -55,6 +60,15 @@ def _scaled_normal(fan_in: int):
     return nn.initializers.normal(fan_in**-0.5)
 
 
+def _initialiser(name: str, shape: tuple[int, ...], config: ModelConfig) -> Any:
+    """Of a parameter without the axis of layers: norms 1 as they are applied, biases 0, matrices normal with variance 1 / fan-in."""
+    if "norm" in name:
+        return nn.initializers.constant(1 - config.norm_offset)
+    if "bias" in name:
+        return nn.initializers.zeros
+    return _scaled_normal(math.prod(shape[:-1]) if name == "output" else config.width if name == "embedding" else shape[0])
+
+
 class Block(nn.Module):
     """`layers.layer` with its parameters, as the scan over layers wants it."""
 
@@ -62,30 +76,21 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, contexts, masks, angles, sequences):
-        """Scanned over layers: x [B, T, D] is carried, `contexts` holds this layer's (keys, values) of each segment."""
-        c, ones = self.config, nn.initializers.ones
-        wide, inner, mlp = _scaled_normal(c.width), _scaled_normal(c.num_heads * c.head_dim), _scaled_normal(c.mlp_width)
-        shapes = {
-            "attention_norm": (ones, (c.width,)),
-            "query": (wide, (c.width, c.num_heads, c.head_dim)),
-            "key": (wide, (c.width, c.num_kv_heads, c.head_dim)),
-            "value": (wide, (c.width, c.num_kv_heads, c.head_dim)),
-            "output": (inner, (c.num_heads, c.head_dim, c.width)),
-            "mlp_norm": (ones, (c.width,)),
-            "gate": (wide, (c.width, c.mlp_width)),
-            "up": (wide, (c.width, c.mlp_width)),
-            "down": (mlp, (c.mlp_width, c.width)),
-        }
-        weights = {name: self.param(name, *what) for name, what in shapes.items()}
+    def __call__(self, x, contexts, kind, fixed):
+        """Scanned over layers: x [B, T, D] is carried; `contexts` holds this layer's (keys, values) of each segment, `kind` its (window, place among
+        the angles), None where all are alike; `fixed` is the same for all (segments' masks and positions, the tokens' positions and sequences, angles)."""
+        c, (window, place), (masks, places, positions, sequences, angles) = self.config, kind, fixed
+        shapes = {name: spec.shape[1:] for name, spec in parameter_shapes(c)["layers"].items()}
+        weights = {name: self.param(name, _initialiser(name, shape, c), shape) for name, shape in shapes.items()}
         weights = {name: w if "norm" in name else w.astype(self.dtype) for name, w in weights.items()}
         weights["output"] = weights["output"].reshape(-1, c.width)
-        parts = [(k, v, mask[:, None, :]) for (k, v), mask in zip(contexts, masks, strict=True)]
-        return layers.layer(c, weights, x, angles, layers.attention_over(parts, sequences))
+        parts = [(k, v, mask[:, None, :], at) for (k, v), mask, at in zip(contexts, masks, places, strict=True)]
+        angles = angles if place is None else jax.tree.map(lambda both: jnp.take(both, place, axis=0), angles)
+        return layers.layer(c, weights, x, angles, attention.attention_over(c, parts, positions, window=window, sequences=sequences))
 
 
 class Transformer(nn.Module):
-    """Decoder-only transformer (Llama family); parameters as `families.parameter_shapes` lists them, layers stacked on [L].
+    """Decoder-only transformer; parameters as `parameter_shapes` lists them, layers stacked on [L].
 
     Attributes:
         config: sizes and constants.
@@ -115,26 +120,44 @@ class Transformer(nn.Module):
         """
         c = self.config
         chex.assert_rank([tokens, positions], 2)
-        embedding = self.param("embedding", _scaled_normal(c.width), (c.vocab_size, c.width))
-        x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
+        shapes = parameter_shapes(c)
+        tables = {name: self.param(name, _initialiser(name, spec.shape, c), spec.shape) for name, spec in shapes.items() if name != "layers"}
+        x = embed(c, jnp.take(tables["embedding"], tokens, axis=0).astype(self.dtype))
         stack = nn.scan(
             Block if self.remat == "off" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat]),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast),
             length=c.num_layers,
         )(c, self.dtype, name="layers")
         contexts = tuple((s.key_values.keys, s.key_values.values) for s in context)
-        x, (keys, values) = stack(x, contexts, tuple(s.mask for s in context), layers.rotation(positions, c, self.dtype), sequences)
-        scale = self.param("final_norm", nn.initializers.ones, (c.width,))
-        if not c.tied_embeddings:
-            self.param("head", _scaled_normal(c.width), (c.width, c.vocab_size))
-        return layers.rms_norm(x, scale, epsilon=c.norm_epsilon), KeyValues(keys=keys, values=values)
+        kinds, angles = self._kinds(positions, tokens.shape[1] + sum(s.mask.shape[1] for s in context))
+        fixed = (tuple(s.mask for s in context), tuple(s.positions for s in context), positions, sequences, angles)
+        x, (keys, values) = stack(x, contexts, kinds, fixed)
+        x = layers.rms_norm(x, tables["final_norm"], epsilon=c.norm_epsilon, offset=c.norm_offset)
+        return x, KeyValues(keys=keys, values=values)
+
+    def _kinds(self, positions: chex.Array, longest: int) -> tuple[Any, Any]:
+        """Returns ((windows [L], places among the angles [L]), angles); each None where all layers are alike on sequences of `longest` tokens."""
+        c, windows, places = self.config, None, None
+        limited = np.array([c.window(layer) for layer in range(c.num_layers)], np.int32)
+        if np.any((limited > 0) & (limited < longest)):
+            windows = jnp.asarray(np.where(limited > 0, limited, longest))
+        angles = layers.rotation(positions, c, self.dtype)
+        if c.local_rope_theta and np.any(limited):
+            places = jnp.asarray(np.where(limited > 0, 1, 0), jnp.int32)
+            angles = jax.tree.map(lambda *both: jnp.stack(both), angles, layers.rotation(positions, c, self.dtype, local=True))
+        return (windows, places), angles
+
+
+def embed(config: ModelConfig, x: chex.Array) -> chex.Array:
+    """Returns looked-up embeddings [B, T, D] as they enter the stream."""
+    return x if config.embedding_scale == 1 else x * jnp.asarray(config.embedding_scale, x.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def initialise(model: Transformer, key: chex.PRNGKey) -> Any:
-    """Returns random parameters in the tree of `families.parameter_shapes`: normal, variance 1 / fan-in; norms 1."""
+    """Returns random parameters in the tree of `parameters.parameter_shapes`: normal, variance 1 / fan-in; norms 1."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return model.init(key, tokens, tokens)["params"]
 
@@ -146,15 +169,17 @@ def forward(
     return model.apply({"params": params}, tokens, positions, context, sequences)
 
 
-def logits(params: Any, hidden: chex.Array) -> chex.Array:
+def logits(params: Any, hidden: chex.Array, soft_cap: float = 0.0) -> chex.Array:
     """Returns next-token logits [B, T, V] of hidden states [B, T, D], summed and kept in float32 or wider; weights may be `quantised.Stored`.
+
+    They are capped as `ModelConfig.logit_soft_cap` says, which the caller hands on.
 
     Rounded to bfloat16, a logit of 20 would move in steps of 1/8, and many tokens would tie.
     """
     equation, head = ("btd,dv->btv", params["head"]) if "head" in params else ("btd,vd->btv", params["embedding"])
     head, scales = quantised.read(head, hidden.dtype)
-    found = jnp.einsum(equation, hidden, head, preferred_element_type=layers.wide(hidden.dtype))
-    return found if scales is None else found * scales.astype(found.dtype)[None, None]
+    found = jnp.einsum(equation, hidden, head, preferred_element_type=quantised.wide(hidden.dtype))
+    return attention.capped(found if scales is None else found * scales.astype(found.dtype)[None, None], soft_cap)
 
 
 def prefill(model: Transformer, params: Any, prompts: chex.Array, lengths: chex.Array) -> Segment:
@@ -172,8 +197,9 @@ def prefill(model: Transformer, params: Any, prompts: chex.Array, lengths: chex.
     """
     chex.assert_rank([prompts, lengths], [2, 1])
     columns = jnp.arange(prompts.shape[1], dtype=jnp.int32)[None, :]
-    _, key_values = forward(model, params, prompts, jnp.broadcast_to(columns, prompts.shape))
-    return Segment(key_values=key_values, mask=columns < lengths[:, None] - 1)
+    positions = jnp.broadcast_to(columns, prompts.shape)
+    _, key_values = forward(model, params, prompts, positions)
+    return Segment(key_values=key_values, mask=columns < lengths[:, None] - 1, positions=positions)
 
 
 def last_tokens(prompts: chex.Array, lengths: chex.Array) -> chex.Array:

@@ -1,57 +1,57 @@
-"""Weights from a GGUF file into the parameter tree of families.py: every tensor of the file and of the tree is accounted for.
-
-The header is checked first (gguf_header.py) and the account is settled before the first parameter is allocated; then the
-tensors are decoded one by one into their rows, so that the peak of host memory is about the float32 model.
-"""
+"""A model's files, wherever they come from: a GGUF file, or a Hugging Face directory of safetensors."""
 
 import hashlib
 import pathlib
-from typing import Any, Mapping
+from typing import Any
 
-import gguf
-import jax
-import numpy as np
-
-from pgrpo_jax.models import families, gguf_header
-
-_DEFAULT_ROPE_THETA = 10000.0  # what llama.cpp assumes where a file names none
+from pgrpo_jax.models import gguf_weights, hugging_face, safetensors_weights
+from pgrpo_jax.models.config import ModelConfig
 
 
 def locate(path: str | pathlib.Path) -> pathlib.Path:
-    """Returns the one GGUF file that `path` names.
+    """Returns the model that `path` names.
 
     Args:
-        path: a local GGUF file, or a directory holding exactly one.
+        path: a local GGUF file, a directory holding exactly one, or a Hugging Face directory (`config.json` and safetensors).
 
     Returns:
-        The file's path.
+        The GGUF file, or the Hugging Face directory.
 
     Raises:
-        FileNotFoundError: nothing is there, or the directory holds no .gguf file.
-        ValueError: the directory holds several.
+        FileNotFoundError: nothing is there, or the directory holds no model.
+        ValueError: it holds several.
     """
     place = pathlib.Path(path)
     if not place.is_dir():
         if not place.is_file():
-            raise FileNotFoundError(f"no model at {str(path)!r}: give a local GGUF file or a directory holding one")
+            raise FileNotFoundError(f"no model at {str(path)!r}: give a local GGUF file, a directory holding one, or a Hugging Face directory")
+        return place
+    if (place / "config.json").is_file() and any(entry.name.endswith((".safetensors", ".safetensors.index.json")) for entry in place.iterdir()):
         return place
     found = sorted(entry for entry in place.iterdir() if entry.suffix.lower() == ".gguf" and entry.is_file())
     if not found:
         there = ", ".join(sorted(entry.name for entry in place.iterdir())) or "nothing"
-        raise FileNotFoundError(f"no .gguf file in {place} (there is: {there}): give a GGUF file or a directory holding one")
+        raise FileNotFoundError(f"no .gguf file, and no config.json with safetensors, in {place} (there is: {there}): give a GGUF file or a Hugging Face directory")
     if len(found) > 1:
         raise ValueError(f"{len(found)} .gguf files in {place} ({', '.join(entry.name for entry in found)}): name one of them")
     return found[0]
 
 
 def digest(path: str | pathlib.Path) -> str:
-    """Returns the sha256 of the model file at `path` (see `locate`), in hexadecimal."""
-    with open(locate(path), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Returns the sha256, in hexadecimal, of the file at `path` (see `locate`); of a directory, of the sha256 of its configuration and of each shard."""
+    place = locate(path)
+    if not place.is_dir():
+        return _sha256(place).hex()
+    return hashlib.sha256(b"".join(_sha256(part) for part in [place / "config.json", *safetensors_weights.shards(place)])).hexdigest()
 
 
-def read_config(path: str | pathlib.Path) -> families.ModelConfig:
-    """Reads a model's sizes from its header and settles the account of its tensors; cheap, the tensor data is not touched.
+def _sha256(file: pathlib.Path) -> bytes:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()
+
+
+def read_config(path: str | pathlib.Path) -> ModelConfig:
+    """Reads a model's sizes and settles the account of its tensors; cheap, the tensor data is not touched.
 
     Args:
         path: as for `locate`.
@@ -60,109 +60,32 @@ def read_config(path: str | pathlib.Path) -> families.ModelConfig:
         The model's sizes.
 
     Raises:
-        ValueError: the file is damaged, of an unknown family, or its tensors are not those of its sizes.
-        FileNotFoundError: there is no model at `path`.
+        ValueError: a file is damaged, of an unknown family, or its tensors are not those of its sizes.
+        FileNotFoundError: there is no model at `path`, or a shard of it is missing.
     """
-    config, _, _ = _checked_header(locate(path))
+    place = locate(path)
+    if not place.is_dir():
+        return gguf_weights.read_config(place)
+    config = hugging_face.read_config(place)
+    safetensors_weights.check(place, config)
     return config
 
 
-def load_gguf(path: str | pathlib.Path) -> tuple[families.ModelConfig, dict[str, Any]]:
+def load(path: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Loads a model.
 
     Args:
         path: as for `locate`.
 
     Returns:
-        The model's sizes, and its parameters as NumPy float32 arrays in the tree of `families.parameter_shapes`.
+        The model's sizes, and its parameters as NumPy float32 arrays in the tree of `parameters.parameter_shapes`.
 
     Raises:
         ValueError: as for `read_config`; or a tensor holds a number that is not finite.
-        FileNotFoundError: there is no model at `path`.
+        FileNotFoundError: as for `read_config`.
     """
-    file = locate(path)
-    config, header, places = _checked_header(file)
-    parameters = jax.tree.map(lambda spec: np.empty(spec.shape, spec.dtype), families.parameter_shapes(config))
-    data = np.memmap(file, np.uint8, "r")
-    for name, place in places.items():
-        array = _decoded(data, header.tensors[name])
-        if not np.isfinite(array).all():
-            raise ValueError(f"tensor {name!r} of {file} holds numbers that are not finite: download the file again and compare its sha256")
-        target = families.leaf(parameters, place.rule.path)
-        target[... if place.layer is None else place.layer] = families.to_parameter(array, place)
-    return config, parameters
-
-
-def _decoded(data: np.ndarray, record: gguf_header.TensorRecord) -> np.ndarray:
-    """Returns a tensor as float32 [record.shape]."""
-    raw = data[record.offset : record.offset + record.num_bytes]
-    rows = raw.reshape(gguf.quant_shape_to_byte_shape(record.shape, record.kind))
-    with np.errstate(all="ignore"):  # a damaged scale overflows here; the caller looks at the result
-        return gguf.dequantize(rows, record.kind)
-
-
-def _checked_header(file: pathlib.Path) -> tuple[families.ModelConfig, gguf_header.Header, dict[str, families.Placement]]:
-    header = gguf_header.read(file)
-    try:
-        family = families.family(header.metadata.get("general.architecture"))
-        config = _config(header, family)
-        if config.num_layers > len(header.tensors):  # keeps the account below from growing with a lie
-            raise ValueError(f"num_layers is {config.num_layers}, the file has only {len(header.tensors)} tensors")
-        places = families.placements(family, config)
-        _settle(header.tensors, places)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    return config, header, places
-
-
-def _config(header: gguf_header.Header, family: families.Family) -> families.ModelConfig:
-    prefix = f"{family.name}."
-    # a list where one number is expected (sizes that differ from layer to layer) counts as missing
-    single = {key.removeprefix(prefix): value for key, value in header.metadata.items() if isinstance(value, int | float | str)}
-    for key, off in family.unsupported.items():
-        if single.get(key, off) != off:
-            raise ValueError(f"{prefix}{key} is {single[key]!r}, must be {off!r} or absent: the transformer does not compute it")
-    sizes = {field: single.get(key) for field, key in family.metadata.items()}
-    sizes["vocab_size"] = _vocab_size(header.metadata, sizes["vocab_size"], prefix + family.metadata["vocab_size"])
-    if sizes["num_kv_heads"] is None:
-        sizes["num_kv_heads"] = sizes["num_heads"]
-    if sizes["rope_theta"] is None:
-        sizes["rope_theta"] = _DEFAULT_ROPE_THETA
-    if sizes["head_dim"] is None:
-        sizes["head_dim"] = single.get("rope.dimension_count")
-    missing = [prefix + family.metadata[field] for field, value in sizes.items() if value is None]
-    if missing:
-        raise ValueError(f"metadata holds no single value for {', '.join(missing)}: the file does not describe a model of one layer size")
-    for field in ("rope_theta", "norm_epsilon"):
-        if type(sizes[field]) is not float:
-            raise ValueError(f"{prefix}{family.metadata[field]} is {sizes[field]!r}, must be a floating-point number")
-    for key in ("rope.dimension_count", "attention.value_length"):
-        if single.get(key, sizes["head_dim"]) != sizes["head_dim"]:
-            raise ValueError(f"{prefix}{key} is {single[key]!r}, must be the head size {sizes['head_dim']}: other sizes are not computed")
-    return families.ModelConfig(**sizes, tied_embeddings="output.weight" not in header.tensors)
-
-
-def _vocab_size(metadata: Mapping[str, Any], stated: int | None, key: str) -> int | None:
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if tokens is None:
-        return stated
-    if not isinstance(tokens, list):
-        raise ValueError("tokenizer.ggml.tokens must be a list of strings")
-    if stated is not None and stated != len(tokens):
-        raise ValueError(f"{key} is {stated}, the tokenizer has {len(tokens)} tokens: they must agree")
-    return len(tokens)
-
-
-def _settle(tensors: Mapping[str, gguf_header.TensorRecord], places: Mapping[str, families.Placement]) -> None:
-    """Compares the tensors of the file with those of the model, both ways; every difference is in the one error."""
-    missing = [name for name in places if name not in tensors]
-    unexpected = [name for name in tensors if name not in places]
-    misshapen = [
-        f"{name} is {tensors[name].shape}, must be {place.source_shape}"
-        for name, place in places.items()
-        if name in tensors and tensors[name].shape != place.source_shape
-    ]
-    accounts = (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
-    if any(names for _, names in accounts):
-        listed = "; ".join(f"{title} ({len(names)}): {', '.join(names)}" for title, names in accounts if names)
-        raise ValueError(f"tensors do not fit the model: {listed}; use a file made for this architecture")
+    place = locate(path)
+    if not place.is_dir():
+        return gguf_weights.load(place)
+    config = hugging_face.read_config(place)
+    return config, safetensors_weights.load(place, config)

@@ -17,7 +17,8 @@ from pgrpo_jax.engines.inline import InlineEngine
 from pgrpo_jax.engines.threads import ThreadsEngine
 from pgrpo_jax.generation.engine import GenerationSettings
 from pgrpo_jax.generation.sampler import Support
-from pgrpo_jax.models import families, transformer
+from pgrpo_jax.models import transformer
+from pgrpo_jax.models.config import ModelConfig
 from pgrpo_jax.models.tokenizer import ByteTokenizer
 from pgrpo_jax.preemption import Stop
 from pgrpo_jax.rollout_files import pack_rollouts
@@ -232,7 +233,7 @@ def test_results_do_not_depend_on_the_device_or_the_thread(tmp_path):
     assert rewards[0] == rewards[1]
 
 
-MODEL = families.ModelConfig(
+MODEL = ModelConfig(
     num_layers=1, width=8, mlp_width=8, num_heads=2, num_kv_heads=1, head_dim=4, vocab_size=259, context_length=64, rope_theta=100.0,
     norm_epsilon=1e-5, tied_embeddings=True,
 )  # fmt: skip

@@ -18,11 +18,13 @@ from pgrpo_jax import buckets
 from pgrpo_jax.generation import decoding, engine, kv_cache, sampler
 from pgrpo_jax.generation.engine import GenerationSettings
 from pgrpo_jax.generation.sampler import Support
-from pgrpo_jax.models import families, transformer, weights
+from pgrpo_jax.models import transformer, weights
+from pgrpo_jax.models.config import ModelConfig
+from pgrpo_jax.models.parameters import parameter_shapes
 
 MODEL = pathlib.Path(".assets/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf")
 REFERENCE = pathlib.Path(__file__).parents[1] / "data" / "smollm2_reference.npz"
-CONFIG = families.ModelConfig(
+CONFIG = ModelConfig(
     num_layers=2, width=16, mlp_width=24, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=23, context_length=64, rope_theta=100.0,
     norm_epsilon=1e-5, tied_embeddings=True,
 )  # fmt: skip
@@ -32,7 +34,7 @@ PROMPTS = [[3], [1, 2, 3, 4, 5], [7, 8, 22]]  # 1 token, a whole bucket, and in 
 
 def draw_params(config, seed=0):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda spec: rng.normal(0, 0.4, spec.shape).astype(np.float32), families.parameter_shapes(config))
+    return jax.tree.map(lambda spec: rng.normal(0, 0.4, spec.shape).astype(np.float32), parameter_shapes(config))
 
 
 PARAMS = draw_params(CONFIG)
@@ -76,7 +78,7 @@ def uncached(model, params, prompts, out):
 def smollm2():
     if not MODEL.is_file():
         pytest.fail(f"{MODEL} is missing: run launch/test.sh, which fetches it")
-    config, params = weights.load_gguf(MODEL)
+    config, params = weights.load(MODEL)
     reference = np.load(REFERENCE)
     return transformer.Transformer(config), params, [reference[f"ids{k}"].tolist() for k in range(3)], reference
 
@@ -228,7 +230,7 @@ def test_compiles_once_for_each_bucket():
     sizes = {name: getattr(decoding, name)._cache_size() for name in ("prefill", "decode")}
     for lengths in ((1, 2), (4, 3), (2, 2), (5, 1), (9, 9), (1, 7), (3, 4)):
         # equal models and settings made anew, other weights and another key: still the same program
-        model = transformer.Transformer(families.ModelConfig(**vars(CONFIG)))
+        model = transformer.Transformer(ModelConfig(**vars(CONFIG)))
         anew = GenerationSettings(**vars(what))
         generate([[1] * n for n in lengths], anew, seed=lengths[0], model=model, params=draw_params(CONFIG, seed=lengths[1]))
     assert {name: getattr(decoding, name)._cache_size() - size for name, size in sizes.items()} == {"prefill": 2, "decode": 2}

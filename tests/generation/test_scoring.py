@@ -10,10 +10,12 @@ import pytest
 from pgrpo_jax import batching
 from pgrpo_jax.generation import engine, sampler, scoring
 from pgrpo_jax.generation.sampler import Support
-from pgrpo_jax.models import families, transformer
+from pgrpo_jax.models import transformer
+from pgrpo_jax.models.config import ModelConfig
+from pgrpo_jax.models.parameters import parameter_shapes
 from pgrpo_jax.structs import TrainBatch
 
-CONFIG = families.ModelConfig(
+CONFIG = ModelConfig(
     num_layers=2, width=16, mlp_width=24, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=23, context_length=64, rope_theta=100.0,
     norm_epsilon=1e-5, tied_embeddings=True,
 )  # fmt: skip
@@ -23,7 +25,7 @@ score = jax.jit(scoring.score, static_argnums=(0, 3))
 
 def draw_params(dtype=np.float32):
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda spec: rng.normal(0, 0.4, spec.shape).astype(dtype), families.parameter_shapes(CONFIG))
+    return jax.tree.map(lambda spec: rng.normal(0, 0.4, spec.shape).astype(dtype), parameter_shapes(CONFIG))
 
 
 def make_batch(prompts, prompt_lengths, completions, completion_lengths):

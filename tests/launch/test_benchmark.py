@@ -22,7 +22,7 @@ from launch.peers.job import Job
 from pgrpo_jax import batching, parallel
 from pgrpo_jax.algorithms import reward_history
 from pgrpo_jax.generation.engine import Completions
-from pgrpo_jax.models.families import ModelConfig
+from pgrpo_jax.models.config import ModelConfig
 
 CONFIG = ModelConfig(
     num_layers=3, width=64, mlp_width=128, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=512, context_length=64, rope_theta=1e4,

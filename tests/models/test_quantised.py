@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgrpo_jax.models import layers, quantised, transformer
+from pgrpo_jax.models import attention, layers, quantised, transformer
 
 RNG = np.random.default_rng(0)
 
@@ -76,7 +76,7 @@ def test_what_is_computed_of_stored_arrays_is_what_is_computed_of_their_values(s
             pair = quantised.store(jnp.asarray(keys), storage, axis=2), quantised.store(jnp.asarray(kept), storage, axis=3)
             parts.append((*pair, mask))
             values.append((restored(pair[0], query.dtype, axis=2), restored(pair[1], query.dtype, axis=3), mask))
-        np.testing.assert_allclose(layers.attend(query, parts), layers.attend(query, values), rtol=1e-9)
+        np.testing.assert_allclose(attention.attend(query, parts), attention.attend(query, values), rtol=1e-9)
 
         table, hidden, ids = RNG.normal(size=(7, 6)) * np.arange(1, 8)[:, None], RNG.normal(size=(2, 3, 6)), np.array([[6, 0], [3, 3]])
         stored = quantised.store(jnp.asarray(table), storage, axis=1)

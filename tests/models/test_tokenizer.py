@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from pgrpo_jax.models import tokenizer
+from pgrpo_jax.models import gguf_tokenizer, tokenizer
 
 MODEL = pathlib.Path(".assets/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf")
 REFERENCE = pathlib.Path(__file__).parent.parent / "data" / "smollm2_reference.npz"
@@ -20,7 +20,7 @@ VOCABULARY = ["<e>", "<s>", *LETTERS, "us", "er", "user"]
 def smollm2():
     if not MODEL.is_file():
         pytest.fail(f"{MODEL} is missing: run launch/test.sh, which fetches it")
-    return tokenizer.from_gguf(MODEL.parent)
+    return tokenizer.load(MODEL.parent)
 
 
 def spelled(bpe, ids):
@@ -35,7 +35,7 @@ def small(**changes):
         tokens=VOCABULARY, control_ids=[0, 1], merges=[("u", "s"), ("e", "r"), ("us", "er")], pre_tokenizer="smollm", chat_template=CHATML,
         special_ids={"eos": 0, "bos": 1},
     )  # fmt: skip
-    return tokenizer.BpeTokenizer(**{**arguments, **changes})
+    return gguf_tokenizer.byte_level_bpe(**{**arguments, **changes})
 
 
 def test_special_ids_of_the_real_model(smollm2):

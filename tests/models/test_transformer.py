@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgrpo_jax.models import families, layers, transformer, weights
+from pgrpo_jax.models import attention, layers, transformer, weights
+from pgrpo_jax.models.config import ModelConfig
+from pgrpo_jax.models.parameters import parameter_shapes
 
 MODEL = pathlib.Path(".assets/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf")
 REFERENCE = pathlib.Path(__file__).parents[1] / "data" / "smollm2_reference.npz"
@@ -30,7 +32,7 @@ SHAPES = {
 
 def build(seed=0, *, dtype=jnp.float32, **changes):
     """A tiny model and random parameters; norm scales are random too, so that none can be forgotten."""
-    config = families.ModelConfig(**{**TINY, **changes})
+    config = ModelConfig(**{**TINY, **changes})
     rng = np.random.default_rng(seed)
 
     def draw(path, spec):
@@ -38,7 +40,7 @@ def build(seed=0, *, dtype=jnp.float32, **changes):
             return rng.uniform(0.5, 1.5, spec.shape).astype(np.float32)
         return rng.normal(0, 0.3, spec.shape).astype(np.float32)
 
-    params = jax.tree_util.tree_map_with_path(draw, families.parameter_shapes(config))
+    params = jax.tree_util.tree_map_with_path(draw, parameter_shapes(config))
     return transformer.Transformer(config, dtype=dtype), params
 
 
@@ -96,7 +98,7 @@ def run(model, params, tokens, positions, context):
 def test_smollm2_logits_equal_the_reference():
     if not MODEL.is_file():
         pytest.fail(f"{MODEL} is missing: run launch/test.sh, which fetches it")
-    config, params = weights.load_gguf(MODEL)
+    config, params = weights.load(MODEL)
     model, reference = transformer.Transformer(config), np.load(REFERENCE)
     tokens = np.zeros((3, 44), np.int32)
     for k in range(3):
@@ -146,7 +148,7 @@ def test_bfloat16_logits_and_scores_are_summed_in_float32():
     # scores of about 45 that differ by 0.3: bfloat16 is spaced by 0.25 there
     normal = [rng.standard_normal((1, size, 1, 64)) for size in (3, 5, 5)]
     query, keys, values = (jnp.asarray(x, jnp.bfloat16) for x in (2 + np.abs(normal[0]), 2 + 0.1 * normal[1], normal[2]))
-    out = layers.attend(query, [(keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2), jnp.ones((1, 1, 5), bool))])
+    out = attention.attend(query, [(keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2), jnp.ones((1, 1, 5), bool))])
     scores = np.einsum("bthd,bshd->ts", np.asarray(query, np.float64), np.asarray(keys, np.float64)) / 8
     weights_ = np.exp(scores - scores.max(axis=1, keepdims=True))
     weights_ /= weights_.sum(axis=1, keepdims=True)
@@ -157,7 +159,7 @@ def test_bfloat16_logits_and_scores_are_summed_in_float32():
 def test_rotation_depends_on_the_distance_only_and_keeps_lengths():
     rng = np.random.default_rng(3)
     q, k = (jnp.asarray(rng.standard_normal((1, 1, 1, 6)), jnp.float32) for _ in range(2))
-    config = families.ModelConfig(**{**TINY, "head_dim": 6, "rope_theta": 100.0})
+    config = ModelConfig(**{**TINY, "head_dim": 6, "rope_theta": 100.0})
 
     def turned(x, position):
         angles = layers.rotation(jnp.full((1, 1), position, jnp.int32), config, jnp.float32)
@@ -178,7 +180,7 @@ def test_attention_over_parts_is_one_softmax_over_their_union():
     parts = [(rng.standard_normal((b, s, kv_heads, size)), rng.standard_normal((b, s, kv_heads, size))) for b, s in shapes]
     masks = [rng.random((2, 1, 5)) < 0.6, rng.random((6, 1, 3)) < 0.6, rng.random((6, 1, 4)) < 0.6, np.tril(np.ones((2, 2), bool))[None]]
     masks[0][0], masks[1][1], masks[2][4] = False, False, False
-    out = layers.attend(
+    out = attention.attend(
         jnp.asarray(query, jnp.float32),
         [
             (jnp.asarray(k.transpose(0, 2, 3, 1), jnp.float32), jnp.asarray(v.swapaxes(1, 2), jnp.float32), jnp.asarray(m))
@@ -197,6 +199,29 @@ def test_attention_over_parts_is_one_softmax_over_their_union():
                 np.testing.assert_allclose(out[b, t, h], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("window, sequences", [(None, None), (4, None), (4, [0] * 5 + [1] * 6)])
+def test_attention_over_a_part_and_the_tokens_themselves(window, sequences):
+    """Token by token: what a window, a mask, another sequence and causality leave, capped scores, a scale of its own."""
+    rng = np.random.default_rng(9)
+    query, keys, values = [rng.standard_normal(shape).astype(np.float32) for shape in ((2, 11, 2, 2), (2, 1, 2, 11), (2, 1, 11, 2))]
+    prompt_keys, prompt_values = [rng.standard_normal(shape).astype(np.float32) for shape in ((1, 1, 2, 3), (1, 1, 3, 2))]
+    mask, at = np.array([True, False, True]), 3 + np.arange(11) - (5 * np.asarray(sequences) if sequences else 0)
+    config = ModelConfig(**{**TINY, "num_heads": 2, "num_kv_heads": 1, "head_dim": 2, "score_soft_cap": 3.0, "query_scalar": 5.0})
+    part = tuple(map(jnp.asarray, (prompt_keys, prompt_values, mask[None, None], np.arange(3, dtype=np.int32)[None])))
+    both = None if sequences is None else jnp.asarray(np.array([sequences] * 2, np.int32))
+    attends = attention.attention_over(config, [part], jnp.asarray(np.stack([at] * 2), jnp.int32), window=window, sequences=both)
+    out, kept = attends(*map(jnp.asarray, (query, keys, values)))
+    assert kept[0].shape == keys.shape
+    for b, t, head in np.ndindex(2, 11, 2):
+        scored = [(prompt_keys[0, 0, :, s], prompt_values[0, 0, s]) for s in range(3) if mask[s] and (window is None or at[t] - s < window)]
+        for s in range(t + 1):
+            if (sequences is None or sequences[s] == sequences[t]) and (window is None or at[t] - at[s] < window):
+                scored.append((keys[b, 0, :, s], values[b, 0, s]))
+        weights_ = [np.exp(3 * np.tanh(query[b, t, head] @ key / np.sqrt(5) / 3)) for key, _ in scored]
+        expected = sum(w * value for w, (_, value) in zip(weights_, scored)) / sum(weights_)
+        np.testing.assert_allclose(out[b, t, head], expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("completions_per_prompt", [1, 3])
 def test_tokens_run_against_context_equal_one_uncached_pass(completions_per_prompt):
     """Prompts of 1, 4 and 6 tokens padded to 6 with rubbish, then chunks of 2, 1 and 3 tokens that attend to it and to each other."""
@@ -213,7 +238,7 @@ def test_tokens_run_against_context_equal_one_uncached_pass(completions_per_prom
     for size in (2, 1, 3):
         positions = (lengths[owner, None] - 1 + np.arange(start, start + size)).astype(np.int32)
         logits, new = run(model, params, inputs[:, start : start + size], positions, context)
-        context.append(transformer.Segment(key_values=new, mask=np.ones((len(rest), size), bool)))
+        context.append(transformer.Segment(key_values=new, mask=np.ones((len(rest), size), bool), positions=positions))
         ours.append(logits)
         start += size
     ours = np.concatenate(ours, axis=1)
@@ -266,9 +291,9 @@ def test_remat_keeps_less_and_gives_the_same_gradient():
 
 
 def test_initialisation_has_the_documented_tree_and_scale():
-    config = families.ModelConfig(**{**TINY, "width": 64, "mlp_width": 128, "vocab_size": 301, "tied_embeddings": False})
+    config = ModelConfig(**{**TINY, "width": 64, "mlp_width": 128, "vocab_size": 301, "tied_embeddings": False})
     params = transformer.initialise(transformer.Transformer(config), jax.random.key(8))
-    shapes = families.parameter_shapes(config)
+    shapes = parameter_shapes(config)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda s: (s.shape, s.dtype), shapes)
     fan_in = {"embedding": 64, "head": 64, "query": 64, "key": 64, "value": 64, "output": 32, "gate": 64, "up": 64, "down": 128}
     flat = {**params, **params["layers"]}

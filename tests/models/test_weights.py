@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from pgrpo_jax.models import families, tokenizer, weights
+from pgrpo_jax.models.config import ModelConfig
+from pgrpo_jax.models.parameters import parameter_shapes
 
 MODEL = pathlib.Path(".assets/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf")
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -25,7 +27,7 @@ TEMPLATE = "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + 
 def smollm2():
     if not MODEL.is_file():
         pytest.fail(f"{MODEL} is missing: run launch/test.sh, which fetches it")
-    return *weights.load_gguf(MODEL.parent), gguf.GGUFReader(MODEL)
+    return *weights.load(MODEL.parent), gguf.GGUFReader(MODEL)
 
 
 def tiny_tensors(config, seed=0):
@@ -78,16 +80,16 @@ def write_tiny(path, tensors, config, *, architecture="llama", kinds=None, extra
 
 def test_real_model_is_accounted_for(smollm2):
     config, parameters, oracle = smollm2
-    assert config == families.ModelConfig(
+    assert config == ModelConfig(
         num_layers=30, width=576, mlp_width=1536, num_heads=9, num_kv_heads=3, head_dim=64, vocab_size=49152, context_length=8192,
         rope_theta=1e5, norm_epsilon=float(np.float32(1e-5)), tied_embeddings=True,
     )  # fmt: skip
     assert weights.read_config(MODEL) == config
     leaves = jax.tree.leaves(parameters)
-    assert len(oracle.tensors) == 272 == len(families.placements(families.LLAMA, config))
+    assert len(oracle.tensors) == 272 == len(families.placements(families.LLAMA.tensors, config))
     assert sum(leaf.size for leaf in leaves) == 134_515_008 == sum(tensor.n_elements for tensor in oracle.tensors)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), parameters) == jax.tree.map(
-        lambda spec: (spec.shape, spec.dtype), families.parameter_shapes(config)
+        lambda spec: (spec.shape, spec.dtype), parameter_shapes(config)
     )
 
 
@@ -117,7 +119,7 @@ def test_real_tensors_lie_where_a_mapping_written_by_hand_puts_them(smollm2, lay
 
 def test_rotating_halves_of_the_loaded_weights_scores_as_rotating_pairs_of_the_stored_ones(tmp_path):
     tensors = tiny_tensors(TINY)
-    _, parameters = weights.load_gguf(write_tiny(tmp_path / "m.gguf", tensors, TINY))
+    _, parameters = weights.load(write_tiny(tmp_path / "m.gguf", tensors, TINY))
     rng, d, dh = np.random.default_rng(5), TINY["width"], TINY["head_dim"]
     x, y = rng.standard_normal((2, d))
     for position in (0, 1, 11):
@@ -135,7 +137,7 @@ def test_rotating_halves_of_the_loaded_weights_scores_as_rotating_pairs_of_the_s
 def test_untied_model_has_a_head(tmp_path):
     sizes = {**TINY, "tied_embeddings": False}
     tensors = tiny_tensors(sizes)
-    config, parameters = weights.load_gguf(write_tiny(tmp_path / "m.gguf", tensors, sizes))
+    config, parameters = weights.load(write_tiny(tmp_path / "m.gguf", tensors, sizes))
     assert not config.tied_embeddings
     np.testing.assert_array_equal(parameters["head"], tensors["output.weight"].T)
 
@@ -156,7 +158,7 @@ def test_every_supported_coding_is_decoded(tmp_path, kind):
     else:
         expected, tolerance = tensors[name], {"F16": 1e-3, "BF16": 1e-2, "Q8_0": 0.05}.get(kind.name, 0.5)
     path = write_tiny(tmp_path / "m.gguf", tensors, sizes, kinds={name: kind})
-    down = weights.load_gguf(path)[1]["layers"]["down"][0]
+    down = weights.load(path)[1]["layers"]["down"][0]
     if kind.name in QUANTISED:
         np.testing.assert_allclose(down, expected.T, atol=tolerance, rtol=0.02)
         expected = gguf.dequantize(gguf.quantize(expected, kind), kind)
@@ -170,7 +172,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed_together(tmp_path):
     tensors["rope_freqs.weight"] = np.zeros(4, np.float32)
     tensors["blk.1.ffn_up.weight"] = tensors["blk.1.ffn_up.weight"].T.copy()
     path = write_tiny(tmp_path / "m.gguf", tensors, TINY)
-    for function in (weights.read_config, weights.load_gguf):
+    for function in (weights.read_config, weights.load):
         with pytest.raises(ValueError) as caught:
             function(path)
         message = str(caught.value)
@@ -226,7 +228,7 @@ def test_peak_memory_is_about_the_float32_model(tmp_path):
     path = write_tiny(tmp_path / "m.gguf", tensors, sizes, kinds=kinds)
     tracemalloc.start()
     try:
-        _, parameters = weights.load_gguf(path)
+        _, parameters = weights.load(path)
         assert tracemalloc.get_traced_memory()[1] < 1.25 * sum(leaf.nbytes for leaf in jax.tree.leaves(parameters))
     finally:
         tracemalloc.stop()
@@ -238,7 +240,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
     path = write_tiny(tmp_path / "m.gguf", tensors, TINY)
     assert weights.read_config(path).num_layers == 2  # the header is sound
     with pytest.raises(ValueError, match="tensor 'blk.1.ffn_gate.weight' .* not finite"):
-        weights.load_gguf(path)
+        weights.load(path)
 
 
 def test_a_damaged_scale_is_refused_without_a_warning(tmp_path):
@@ -248,7 +250,7 @@ def test_a_damaged_scale_is_refused_without_a_warning(tmp_path):
     tensors[name][0, 1] = 0x7C  # the float16 scale is infinite, the numbers it scales are 0
     path = write_tiny(tmp_path / "m.gguf", tensors, TINY, kinds={name: gguf.GGMLQuantizationType.Q8_0})
     with pytest.raises(ValueError, match="not finite"):
-        weights.load_gguf(path)
+        weights.load(path)
 
 
 def test_locate_lists_what_is_there(tmp_path):
@@ -286,7 +288,7 @@ class Damage:
         self.shapes = self.load()
 
     def load(self):
-        _, parameters = weights.load_gguf(self.path)
+        _, parameters = weights.load(self.path)
         return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), parameters)
 
     def survives(self, content):
@@ -298,7 +300,7 @@ class Damage:
         except ValueError as error:
             assert "\n" not in str(error)
         try:
-            tokenizer.from_gguf(self.path).render_chat("ab")
+            tokenizer.load(self.path).render_chat("ab")
         except ValueError as error:
             assert str(self.path) in str(error) or "chat template" in str(error)
         return loaded

@@ -1,0 +1,86 @@
+"""An encoder of plain text and a chat template, together: only the template can place a control token."""
+
+import re
+from typing import Iterable, Mapping, Sequence
+
+import tokenizers
+
+from pgrpo_jax.models.chat_template import ChatTemplate
+
+
+class ChatTokenizer:
+    """An encoder and a chat template. See `Tokenizer`; made by gguf_tokenizer.py and hugging_face_tokenizer.py.
+
+    Args:
+        encoder: of plain text; it has no control token in its vocabulary, so that no text can be encoded as one.
+        control: text -> id of the tokens that only a template may place.
+        vocab_size: V.
+        bos_id, eos_id, pad_id, stop_ids: as `Tokenizer`.
+        chat_template: Jinja source over `messages` and `add_generation_prompt`.
+        names: further names the template may use, "eos_token" and the like.
+
+    Raises:
+        ValueError: the template fails.
+    """
+
+    def __init__(
+        self, encoder: tokenizers.Tokenizer, control: Mapping[str, int], *, vocab_size: int, bos_id: int | None, eos_id: int, pad_id: int,
+        stop_ids: Iterable[int], chat_template: str, names: Mapping[str, str],
+    ):  # fmt: skip
+        self.vocab_size, self.bos_id, self.eos_id, self.pad_id, self.stop_ids = vocab_size, bos_id, eos_id, pad_id, tuple(sorted(set(stop_ids)))
+        self._encoder, self._control, self._control_ids = encoder, dict(control), frozenset(control.values())
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._control_pattern = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+        self._template = ChatTemplate(chat_template, names)
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of plain text; a written "<|im_end|>" stays letters. Raises ValueError for a lone surrogate."""
+        utf8(text)
+        ids = self._encoder.encode(text, add_special_tokens=False).ids
+        if not self._control_ids.isdisjoint(ids):
+            raise ValueError(f"the text {text[:40]!r}... would be encoded as a control token: leave it out")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids, control tokens left out. Raises ValueError for an id outside the vocabulary."""
+        check_ids(ids, self.vocab_size)
+        return self._encoder.decode([int(token) for token in ids if int(token) not in self._control_ids])
+
+    def render_chat(self, text: str) -> list[int]:
+        """Returns the ids of one user message under the chat template, with the generation prompt.
+
+        Where what the template wrote holds control tokens, the template placed them; only then does the user's text take its place between,
+        together with the plain text beside it (merges may span both).
+
+        Args:
+            text: the message.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            ValueError: the template fails on this text, or changes it in another way than trimming it.
+        """
+        written, message = self._template.around(text)
+        pieces = [self._control_pattern.split(part) for part in written]  # plain, control, plain, ...
+        joined = pieces[0]
+        for after in pieces[1:]:
+            joined = [*joined[:-1], joined[-1] + message + after[0], *after[1:]]
+        ids: list[int] = []
+        for number, piece in enumerate(joined):
+            ids += [self._control[piece]] if number % 2 else self.encode(piece)
+        return ids
+
+
+def utf8(text: str) -> bytes:
+    """Returns the bytes of a text. Raises ValueError for a lone surrogate."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text holds a lone surrogate at character {error.start}, must be Unicode: mend the text's source") from None
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Raises ValueError for an id outside [0, vocab_size)."""
+    if outside := [int(token) for token in ids if not 0 <= token < vocab_size]:
+        raise ValueError(f"token id {outside[0]} must be in [0, {vocab_size}): decode with the tokenizer of the model that sampled it")
