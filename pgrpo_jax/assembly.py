@@ -19,7 +19,8 @@ from pgrpo_jax.buckets import bucket_length
 from pgrpo_jax.checkpoints import Checkpoints
 from pgrpo_jax.learner import Learner
 from pgrpo_jax.models import tokenizer as tokenizers
-from pgrpo_jax.models import parameters, transformer, weights
+from pgrpo_jax.models import transformer, weights
+from pgrpo_jax.models.parameters import sharding_faults
 from pgrpo_jax.tasks import arms, curated, difficulty, mixture, Task
 from pgrpo_jax.train_state import initial_state
 from pgrpo_jax.verifiers import Judge
@@ -124,8 +125,8 @@ def load_base(config: Any, task: Task, *, parameters: bool = True) -> Base:
     model_config = weights.read_config(path) if path else settings.random_model(config, tokenizer.vocab_size)
     _check_lengths(config, task, tokenizer, model_config.context_length)
     mesh = config.learner.mesh
-    faults = parameters.sharding_faults(model_config, of="learner.mesh", fsdp=mesh.fsdp, tp=mesh.tp)
-    faults += parameters.sharding_faults(model_config, of="actor", fsdp=1, tp=config.actor.tp)
+    faults = sharding_faults(model_config, of="learner.mesh", fsdp=mesh.fsdp, tp=mesh.tp)
+    faults += sharding_faults(model_config, of="actor", fsdp=1, tp=config.actor.tp)
     if faults:
         raise ValueError("\n".join(faults))
     model = transformer.Transformer(model_config, dtype=dtype)

@@ -35,12 +35,12 @@ _KL = KLControl(coefficient=KL_COEFFICIENT)
 
 
 def learner_settings(job: Job) -> LearnerSettings:
-    """Returns P-GRPO, strictly on-policy, a constant KL coefficient."""
+    """Returns P-GRPO, strictly on-policy, a constant KL coefficient; half an update's micro-batches, as a step holds more beside them."""
     loss = LossSettings(objective=Objective(max_length=job.new_tokens), support=Support(), num_preference_groups=PREFERENCE_GROUPS)
     return LearnerSettings(
         num_steps=OPTIMISER.num_updates, schedule=Schedule(), num_preference_groups=PREFERENCE_GROUPS, micro_batches=1,
         completions_per_prompt=job.completions_per_prompt, passes_per_batch=1, pad_id=0, loss=loss, optimiser=OPTIMISER, weights_dtype="float32",
-        curation=Curation(prompts_per_step=job.num_prompts, max_new_tokens=job.new_tokens), kl=_KL, micro_batch_tokens=TOKENS,
+        curation=Curation(prompts_per_step=job.num_prompts, max_new_tokens=job.new_tokens), kl=_KL, micro_batch_tokens=TOKENS // 2,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ KL_COEFFICIENT = 0.04
 OPTIMISER = OptimiserSettings(
     learning_rate=1e-6, schedule="constant", warmup_steps=0, num_updates=1000, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0
 )
-TOKENS = 1152  # of one of our micro-batches at most, where a prompt has no more: 2 prompts of 64 tokens with 8 completions of 64
+TOKENS = 2304  # of one of our micro-batches at most, where a prompt has no more: 4 prompts of 64 tokens with 8 completions of 64
 
 
 def learning_model(job: Job, remat: str = "keep_matmuls") -> transformer.Transformer:
