@@ -16,6 +16,7 @@ from pgrpo_jax import batching, parallel
 from pgrpo_jax import update as updates
 from pgrpo_jax.algorithms import reward_history
 from pgrpo_jax.generation.scoring import score
+from pgrpo_jax.models.parameters import parameter_shapes
 from pgrpo_jax.models import transformer
 from pgrpo_jax.structs import TrainState
 from pgrpo_jax.train_state import initial_state
@@ -267,9 +268,10 @@ def test_optimiser_equals_numpy(lenient, clip_norm, weight_decay):
         np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, err_msg=name)
 
 
-def test_weight_decay_leaves_every_norm_of_the_model_alone(lenient):
+def test_weight_decay_leaves_every_norm_and_bias_of_the_model_alone(lenient):
     """With gradient 0 only the decay moves parameters."""
-    params = cases.params("policy")
+    config = dataclasses.replace(cases.CONFIG, qkv_bias=True, qk_norm=True, post_norms=True)
+    params = jax.tree.map(lambda spec: np.full(spec.shape, 0.5, np.float32), parameter_shapes(config))
     optimiser = updates.make_optimiser(settings(weight_decay=0.1, learning_rate=0.5))
     changes, _ = jax.jit(optimiser.update)(jax.tree.map(jnp.zeros_like, params), optimiser.init(params), params)
     decayed = {jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_leaves_with_path(changes) if np.any(x)}

@@ -20,14 +20,25 @@ def case(name, dtype=np.float64):
     return params, rng.normal(0, 1, (N, T, D)).astype(dtype), rng.integers(0, V, (N, T)).astype(np.int32)
 
 
-def whole(params, hidden, tokens, support):
-    return sampler.log_probs(transformer.logits(params, hidden), tokens, support)
+def whole(params, hidden, tokens, support, soft_cap=0.0):
+    return sampler.log_probs(transformer.logits(params, hidden, soft_cap), tokens, support)
 
 
 @pytest.mark.parametrize("support", SUPPORTS, ids=str)
 @pytest.mark.parametrize("name", ["embedding", "head"])
 @pytest.mark.parametrize("most", [1, N * V * 3, 2**25], ids=["a position", "three positions, the last chunk filled up", "all"])
 def test_values_and_gradients_equal_those_of_whole_logits(support, name, most, monkeypatch):
+    equal(support, name, most, 0.0, monkeypatch)
+
+
+@pytest.mark.parametrize("support", SUPPORTS[1:5], ids=str)
+@pytest.mark.parametrize("name", ["embedding", "head"])
+def test_capped_logits(support, name, monkeypatch):
+    """Logits of 5 and more under a cap of 2: most of them lie where it bends."""
+    equal(support, name, N * V * 3, 2.0, monkeypatch)
+
+
+def equal(support, name, most, soft_cap, monkeypatch):
     monkeypatch.setattr(chunked, "MOST_LOGITS", most)
     with jax.enable_x64(True):
         params, hidden, tokens = case(name)
@@ -35,7 +46,7 @@ def test_values_and_gradients_equal_those_of_whole_logits(support, name, most, m
         pull = (rng.normal(size=(N, T)), rng.normal(size=(N, T)))
 
         def results(score):
-            values, vjp = jax.vjp(lambda params, hidden: score(params, hidden, tokens, support), params, hidden)
+            values, vjp = jax.vjp(lambda params, hidden: score(params, hidden, tokens, support, soft_cap), params, hidden)
             return values, vjp(pull)
 
         ours, theirs = jax.jit(lambda: results(chunked.log_probs))(), jax.jit(lambda: results(whole))()
