@@ -16,8 +16,8 @@ from pgrpo_jax import batching, parallel
 from pgrpo_jax import update as updates
 from pgrpo_jax.algorithms import reward_history
 from pgrpo_jax.generation.scoring import score
-from pgrpo_jax.models.parameters import parameter_shapes
 from pgrpo_jax.models import transformer
+from pgrpo_jax.models.parameters import parameter_shapes
 from pgrpo_jax.structs import TrainState
 from pgrpo_jax.train_state import initial_state
 
