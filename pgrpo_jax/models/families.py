@@ -196,7 +196,12 @@ def to_parameter(array: np.ndarray, place: Placement) -> np.ndarray:
 
 
 def from_parameter(array: np.ndarray, place: Placement) -> np.ndarray:
-    """Returns a parameter [place.shape] as a file holds it, [place.source_shape]; the inverse of `to_parameter`, but for interleaved rows."""
+    """Returns a parameter [place.shape] as a file holds it, [place.source_shape]; the inverse of `to_parameter`."""
+    if not place.rule.input_axes:
+        return array.reshape(place.source_shape)
+    array = array.reshape(place.source_shape[::-1]).T
     if place.rule.interleaved:
-        raise NotImplementedError(f"tensor {place.rule.source} is interleaved: such files are read, not written")
-    return array.reshape(place.source_shape[::-1]).T if place.rule.input_axes else array.reshape(place.source_shape)
+        heads = place.shape[1]
+        halves = array.reshape(heads, 2, array.shape[0] // heads // 2, array.shape[1])
+        array = halves.swapaxes(1, 2).reshape(array.shape)
+    return array

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
 import pytest
 
 from pgrpo_jax.models import families
@@ -31,3 +32,11 @@ def test_every_parameter_has_exactly_one_source_for_each_layer():
 def test_unknown_architecture_names_the_known_ones(name):
     with pytest.raises(ValueError, match="known are llama"):
         families.family(name)
+
+
+@pytest.mark.parametrize("rules", [families.LLAMA.tensors, families.hugging_face_rules(ModelConfig(**SIZES))], ids=["GGUF", "Hugging Face"])
+def test_a_parameter_becomes_its_tensor_again(rules):
+    rng = np.random.default_rng(0)
+    for name, place in families.placements(rules, ModelConfig(**SIZES)).items():
+        tensor = rng.standard_normal(place.source_shape)
+        np.testing.assert_array_equal(families.from_parameter(families.to_parameter(tensor, place), place), tensor, err_msg=name)
