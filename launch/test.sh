@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tests: set-up with the development extras, model and data, pytest. Flags go to pytest:
-#   [PYTHON=python3] ./launch/test.sh [tests/algorithms -k history ...]     everything but the tests marked "faults", two files at a time
+#   [PYTHON=python3] ./launch/test.sh [tests/algorithms -k history ...]     everything but the tests marked "faults" or "parity", two files at a time
 #   ./launch/test.sh --faults [...]                                         only those: they kill processes and take minutes, one at a time
 #   ./launch/test.sh --parity [...]                                         only those against torch and transformers, which it installs (1 GB)
 set -euo pipefail
