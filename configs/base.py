@@ -43,6 +43,11 @@ KEYS = {
     "model.random.context_length": Key(256, "identity", "tokens"),
     "model.dtype": Key("float32", "identity", "of activations and matmuls: float32 | bfloat16; parameters stay float32"),
     "weights.dtype": Key("float32", "identity", "of the weight versions that actors generate with: float32 | bfloat16"),
+    # adapters (LoRA, arXiv:2106.09685): matrices of low rank beside a frozen model, trained, saved and sent in its place
+    "lora.rank": Key(0, "identity", "r; 0 = the model itself is trained"),
+    "lora.alpha": Key(16.0, "identity", "what an adapter adds is multiplied by alpha / r"),
+    "lora.targets": Key("query key value output gate up down", "identity", "matrices that have an adapter"),
+    "lora.per_preference_group": Key(False, "identity", "one adapter for each preference group on the one base, all in one run; else one for all"),
     # generation
     "generation.max_new_tokens": Key(16, "identity", "tokens, stop token included, Tc"),
     "generation.temperature": Key(1.0, "identity", "> 0; the learner uses the same"),

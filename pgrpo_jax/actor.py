@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from pgrpo_jax.generation import engine as generation
+from pgrpo_jax.models import lora
 from pgrpo_jax.models.tokenizer import Tokenizer
 from pgrpo_jax.models.transformer import Transformer
 from pgrpo_jax.structs import Prompt, Rollouts, Work
@@ -64,6 +65,7 @@ class Actor:
         settings: what is generated.
         sizes: split -> how much a unit holds.
         seed: the run's seed; with the unit's split and index it names the random stream.
+        frozen: parameters that are not trained and so are not among the weights of a version; {} where those are complete.
     """
 
     model: Transformer
@@ -73,6 +75,7 @@ class Actor:
     settings: generation.GenerationSettings
     sizes: Mapping[str, Sizes]
     seed: int
+    frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def rollout(self, weights: Any, work: Work) -> Rollouts:
         """Generates and judges one unit.
@@ -90,7 +93,7 @@ class Actor:
         """Samples the completions of a unit.
 
         Args:
-            weights: parameters of version `work.version`.
+            weights: parameters of version `work.version`, or what of them is trained.
             work: the unit.
 
         Raises:
@@ -106,12 +109,13 @@ class Actor:
         stream = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(f"rollouts/{work.split}".encode()))
         completions = generation.generate(
             self.model,
-            weights,
+            lora.joined(self.frozen, weights),
             prompts,
             lengths,
             jax.random.fold_in(stream, work.index),
             completions_per_prompt=sizes.completions_per_prompt,
             settings=self.settings,
+            adapters=lora.of_rows(self.model.config.lora, [p.preference_id for p in records]),
         )
         secs = time.perf_counter() - start
         texts = tuple(self.tokenizer.decode(row[:n]) for row, n in zip(completions.tokens, completions.lengths, strict=True))

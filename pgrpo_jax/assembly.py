@@ -11,6 +11,7 @@ from typing import Any, Mapping, Sequence
 from etils import epath
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pgrpo_jax import algorithm_settings, kl_control, parallel, settings
 from pgrpo_jax.actor import Actor, Sizes
@@ -19,8 +20,8 @@ from pgrpo_jax.buckets import bucket_length
 from pgrpo_jax.checkpoints import Checkpoints
 from pgrpo_jax.learner import Learner
 from pgrpo_jax.models import tokenizer as tokenizers
-from pgrpo_jax.models import transformer, weights
-from pgrpo_jax.models.parameters import sharding_faults
+from pgrpo_jax.models import lora, transformer, weights
+from pgrpo_jax.models.parameters import sharding_faults, trainable_shapes
 from pgrpo_jax.tasks import arms, curated, difficulty, mixture, Task
 from pgrpo_jax.train_state import initial_state
 from pgrpo_jax.verifiers import Judge
@@ -35,13 +36,15 @@ class Base:
 
     Attributes:
         model: the network, as actors and evaluation run it.
-        params: its parameters; None in an actor process, which is sent them.
+        params: what is trained of its parameters; None in an actor process, which is sent them.
+        frozen: what is not, on the host: the model that adapters are added to; {} = all are trained.
         tokenizer: its tokenizer and chat template.
         sha256: digest of the file the parameters come from; "random" without one.
     """
 
     model: transformer.Transformer
     params: Any
+    frozen: dict[str, Any]
     tokenizer: tokenizers.Tokenizer
     sha256: str
 
@@ -113,7 +116,7 @@ def load_base(config: Any, task: Task, *, parameters: bool = True) -> Base:
     Args:
         config: every key of configs/base.py.
         task: its prompts are checked.
-        parameters: False where the weights come from elsewhere (an actor process); `params` is then None.
+        parameters: False where what is trained comes from elsewhere (an actor process); `params` is then None.
 
     Raises:
         ValueError: a prompt is longer than the largest bucket, bucket and answer exceed the model's context, or the model can not be
@@ -129,16 +132,35 @@ def load_base(config: Any, task: Task, *, parameters: bool = True) -> Base:
     faults += sharding_faults(model_config, of="actor", fsdp=1, tp=config.actor.tp)
     if faults:
         raise ValueError("\n".join(faults))
-    model = transformer.Transformer(model_config, dtype=dtype)
-    params = load_params(config, model) if parameters else None
-    return Base(model=model, params=params, tokenizer=tokenizer, sha256=weights.digest(path) if path else "random")
+    model = transformer.Transformer(dataclasses.replace(model_config, lora=settings.adapters(config)), dtype=dtype)
+    frozen = _frozen(load_params(config, model), dtype) if model.config.lora is not None else {}
+    params = untrained(config, model) if parameters else None
+    return Base(model=model, params=params, frozen=frozen, tokenizer=tokenizer, sha256=weights.digest(path) if path else "random")
+
+
+def untrained(config: Any, model: transformer.Transformer) -> Any:
+    """Returns what is trained of the policy, as it is before the first update: adapters that change nothing, or all its parameters."""
+    if model.config.lora is None:
+        return load_params(config, model)
+    key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(b"lora"))
+    return lora.initial(model.config.lora, trainable_shapes(model.config), key)
+
+
+def _frozen(params: Any, dtype: Any) -> dict[str, Any]:
+    """Parameters as they are computed with: no update will need more digits of them."""
+
+    def kept(path: Any, leaf: Any) -> np.ndarray:
+        return np.asarray(leaf) if "norm" in path[-1].key else np.asarray(leaf).astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(kept, params)
 
 
 def load_params(config: Any, model: transformer.Transformer) -> Any:
-    """Returns the parameters of the untrained policy: from the model file, on the host (a device may not hold them all), or drawn."""
+    """Returns the parameters of a model without adapters: from its file, on the host (a device may not hold them all), or drawn."""
     if config.model.path:
         return weights.load(config.model.path)[1]
-    return transformer.initialise(model, jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(b"model.random")))
+    bare = dataclasses.replace(model, config=dataclasses.replace(model.config, lora=None))
+    return transformer.initialise(bare, jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(b"model.random")))
 
 
 def _check_lengths(config: Any, task: Task, tokenizer: tokenizers.Tokenizer, context_length: int) -> None:
@@ -168,8 +190,16 @@ def make_rewards(config: Any) -> RewardPool:
     return RewardPool(task, num_processes=rewards.num_processes, timeout_secs=rewards.timeout_secs, on_failure=rewards.on_failure)
 
 
-def make_actor(config: Any, base: Base, task: Task, rewards: Judge) -> Actor:
-    """Returns the actor that generates training rollouts and answers held-out prompts: the same sampling, other sizes."""
+def make_actor(config: Any, base: Base, task: Task, rewards: Judge, *, frozen: Mapping[str, Any] = {}) -> Actor:
+    """Returns the actor that generates training rollouts and answers held-out prompts: the same sampling, other sizes.
+
+    Args:
+        config: every key of configs/base.py.
+        base: the policy before training.
+        task: prompts.
+        rewards: judges the answers.
+        frozen: `base.frozen` on the actor's devices; {} where the weights that it is handed are complete.
+    """
     return Actor(
         model=base.model,
         tokenizer=base.tokenizer,
@@ -183,6 +213,7 @@ def make_actor(config: Any, base: Base, task: Task, rewards: Judge) -> Actor:
             ),
         },
         seed=config.seed,
+        frozen=frozen,
     )
 
 
@@ -210,10 +241,11 @@ def make_learner(config: Any, base: Base, checkpoints: Checkpoints, *, devices: 
         state,
         advantage_kernel=kernel,
         settings=options,
-        reference=base.params if options.kl.coefficient > 0 and not refreshed else None,
-        load_base=functools.partial(load_params, config, base.model),
+        reference=(base.frozen or base.params) if options.kl.coefficient > 0 and not refreshed else None,
+        load_base=functools.partial(untrained, config, base.model),
         mesh=mesh,
         checkpoints=checkpoints,
+        frozen=base.frozen,
     )
 
 

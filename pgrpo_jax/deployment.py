@@ -20,6 +20,8 @@ from pgrpo_jax.engines.replay import ReplayEngine
 from pgrpo_jax.engines.threads import ThreadsEngine
 from pgrpo_jax.exchange import CollectiveStop, Exchange
 from pgrpo_jax.learner import Learner
+from pgrpo_jax.models import lora
+from pgrpo_jax.models.parameters import trainable_shapes
 from pgrpo_jax.parameter_server import ParameterServer
 from pgrpo_jax.preemption import Stop
 from pgrpo_jax.record import differences
@@ -120,7 +122,7 @@ def _inline(wanted: _Wanted) -> Deployment:
             stream = wanted.resources.enter_context(open(os.devnull, "w"))
     task, base, learner = _local_learner(wanted, devices=None)
     localise = functools.partial(parallel.localise, model=base.model.config, devices=jax.local_devices()[: config.actor.tp])
-    engine = InlineEngine(_local_actor(wanted, base, task), localise=localise, exchange=exchange)
+    engine = InlineEngine(_local_actor(wanted, base, task, frozen=localise(learner.frozen)), localise=localise, exchange=exchange)
     wanted.resources.callback(engine.close)
     return Deployment(learner, engine, task, _records(wanted, records), wanted.stop, stream, exchange)
 
@@ -153,7 +155,12 @@ def _threads(wanted: _Wanted) -> Deployment:
     def place(weights: Any, devices: Sequence[jax.Device]) -> Any:
         return parallel.localise(weights, model=base.model.config, devices=devices)
 
-    engine = ThreadsEngine(_local_actor(wanted, base, task), actor_devices=actor_devices, place=place, stop=wanted.stop)
+    frozen = {tuple(devices): place(learner.frozen, devices) for devices in actor_devices}  # once on every device set
+
+    def complete(weights: Any, devices: Sequence[jax.Device]) -> Any:
+        return lora.joined(frozen[tuple(devices)], place(weights, devices))
+
+    engine = ThreadsEngine(_local_actor(wanted, base, task), actor_devices=actor_devices, place=complete, stop=wanted.stop)
     wanted.resources.callback(engine.close)
     return Deployment(learner, engine, task, _records(wanted, wanted.workdir), wanted.stop)
 
@@ -209,8 +216,11 @@ def build_actor(config: Any, workdir: epath.Path) -> tuple[Actor, Any]:
     compile_cache.use(config.compile_cache, workdir=workdir)
     task = assembly.load_task(config)
     base = assembly.load_base(config, task, parameters=False)
-    actor = assembly.make_actor(config, base, task, assembly.make_rewards(config))
-    return actor, parallel.actor_shardings(base.model.config, jax.local_devices()[: config.actor.tp], dtype=config.weights.dtype)
+    held = functools.partial(parallel.actor_shardings, model=base.model.config, devices=jax.local_devices()[: config.actor.tp])
+    frozen = parallel.place(base.frozen, jax.tree.map(lambda like: like.sharding, held(base.frozen)))
+    actor = assembly.make_actor(config, base, task, assembly.make_rewards(config), frozen=frozen)
+    published = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.weights.dtype), trainable_shapes(base.model.config))
+    return actor, held(published)
 
 
 def _local_learner(wanted: _Wanted, *, devices: Sequence[jax.Device] | None) -> tuple[Task, assembly.Base, Learner]:
@@ -225,10 +235,10 @@ def _local_learner(wanted: _Wanted, *, devices: Sequence[jax.Device] | None) -> 
     return task, base, assembly.make_learner(config, base, checkpoints, devices=devices)
 
 
-def _local_actor(wanted: _Wanted, base: assembly.Base, task: Task) -> Actor:
+def _local_actor(wanted: _Wanted, base: assembly.Base, task: Task, *, frozen: Mapping[str, Any] = {}) -> Actor:
     rewards = assembly.make_rewards(wanted.config)
     wanted.resources.callback(rewards.close)
-    return assembly.make_actor(wanted.config, base, task, rewards)
+    return assembly.make_actor(wanted.config, base, task, rewards, frozen=frozen)
 
 
 def _checkpoints(config, identity, base, workdir, *, read_only: bool = False) -> Checkpoints:

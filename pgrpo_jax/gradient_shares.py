@@ -7,7 +7,7 @@ matrix, Γ[p, q] = ⟨g_p, g_q⟩.
 """
 
 import math
-from typing import Any
+from typing import Any, Mapping
 
 import chex
 import jax
@@ -32,6 +32,8 @@ def gradient_shares(
     kl_coefficients: chex.Array,
     old_log_probs: chex.Array | None,
     reference_log_probs: chex.Array | None,
+    *,
+    frozen: Mapping[str, Any] = {},
 ) -> np.ndarray:
     """Measures the gradients of the preference groups and the angles between them.
 
@@ -39,7 +41,7 @@ def gradient_shares(
     as they are: for a measurement every few updates, not for each one. With several processes all call it at the same place.
 
     Args:
-        params: the policy's parameters, on their devices; with weights that are in the learner's own layout.
+        params: what is trained of the policy's parameters, on their devices; with weights that are in the learner's own layout.
         model: the transformer, as the learner runs it.
         settings: of the objective.
         batch: with a leading axis of micro-batches (`batching.micro_batches`), laid out as for `update.update`.
@@ -47,6 +49,7 @@ def gradient_shares(
         kl_coefficients: [K] float, beta of each preference group.
         old_log_probs: [M, N/M, Tc], or None where the policy itself generated the batch.
         reference_log_probs: [M, N/M, Tc], or None without a reference.
+        frozen: the parameters that are not trained; {} = all are.
 
     Returns:
         [K, K] float64, the Gram matrix Γ; row and column of a preference group that is not in the batch are 0.
@@ -55,7 +58,7 @@ def gradient_shares(
     sliced = (batch, advantages, old_log_probs, reference_log_probs)
     parts, counts = [], []
     for p in range(num_preference_groups):
-        gradient, count = preference_gradient(params, model, settings, kl_coefficients, sliced, p)
+        gradient, count = preference_gradient(params, model, settings, kl_coefficients, sliced, p, frozen)
         parts.append(gradient)
         counts.append(count)
     total = max(1.0, sum(float(jax.device_get(count)) for count in counts))
@@ -68,32 +71,34 @@ def gradient_shares(
 
 
 def preference_gradient(
-    params: Any, model: Transformer, settings: LossSettings, kl_coefficients: chex.Array, parts: tuple[Any, ...], preference_id: int
-) -> tuple[Any, chex.Array]:
+    params: Any, model: Transformer, settings: LossSettings, kl_coefficients: chex.Array, parts: tuple[Any, ...], preference_id: int,
+    frozen: Mapping[str, Any] = {},
+) -> tuple[Any, chex.Array]:  # fmt: skip
     """Gradient of the loss sum over the completions of one preference group, accumulated over micro-batches.
 
     Args:
-        params: the policy's parameters, on their devices.
+        params: what is trained of the policy's parameters, on their devices.
         model: the transformer.
         settings: of the objective.
         kl_coefficients: [K] float.
         parts: (batch, advantages, old log-probs, reference log-probs), each with a leading axis of micro-batches.
         preference_id: p; one program serves all.
+        frozen: the parameters that are not trained.
 
     Returns:
         (gradient, laid out as the parameters and not yet divided; the count to divide by, which adds up over preference groups).
     """
     shardings = jax.tree.map(lambda x: x.sharding, params)
     program = parallel.compiled(_gradient, (shardings, None), model=model, settings=settings)
-    return program(params, kl_coefficients, parts, np.int32(preference_id))
+    return program(params, kl_coefficients, parts, np.int32(preference_id), frozen)
 
 
-def _gradient(params, kl_coefficients, parts, preference_id, *, model: Transformer, settings: LossSettings) -> Any:
+def _gradient(params, kl_coefficients, parts, preference_id, frozen, *, model: Transformer, settings: LossSettings) -> Any:
     def add(carry: Any, part: tuple[Any, ...]) -> tuple[Any, None]:
         batch, advantages, *fixed = part
         own = batch.replace(valid=batch.valid & (batch.preference_ids == preference_id)[batch.prompt_index])
         (_, (count, *_)), gradient = jax.value_and_grad(updates.loss_sums, has_aux=True)(
-            params, model, settings, own, advantages, kl_coefficients, *fixed
+            params, model, settings, own, advantages, kl_coefficients, *fixed, frozen
         )
         return jax.tree.map(jnp.add, carry, (gradient, count)), None
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -13,10 +13,12 @@ from pgrpo_jax.algorithms import preference_weights
 from pgrpo_jax.checkpoints import Checkpoints, state_sha256
 from pgrpo_jax.curation import Signals
 from pgrpo_jax.learner_settings import LearnerSettings
+from pgrpo_jax.models import lora
 from pgrpo_jax.models.transformer import Transformer
+from pgrpo_jax.optimiser import learning_rate
 from pgrpo_jax.structs import Rollouts, TrainBatch, TrainState
 from pgrpo_jax.train_state import copied
-from pgrpo_jax.update import kl_penalties, learning_rate, refuse_non_finite, score_slices, update
+from pgrpo_jax.update import kl_penalties, refuse_non_finite, score_slices, update
 
 
 class Learner:
@@ -28,10 +30,11 @@ class Learner:
         state: of `initial_state`.
         advantage_kernel: of `parallel.advantage_kernel`.
         settings: sizes and constants.
-        reference: parameters of the reference policy, or None where the KL coefficient is 0.
-        load_base: returns the parameters of the untrained policy, which are not kept.
+        reference: parameters of the reference policy, those that are frozen where some are; or None where the KL coefficient is 0.
+        load_base: returns what is trained of the untrained policy, which is not kept.
         mesh: what the state lies on.
         checkpoints: where the state is committed.
+        frozen: parameters that are not trained, from the host: the model that adapters are added to; {} = all are trained.
 
     Attributes:
         state: the training state.
@@ -39,6 +42,7 @@ class Learner:
         next_work: index of the first work unit that a run resumed from here issues.
         versions: weight versions that may be generated with, in `weights_dtype`, laid out as the state; no update touches them.
         stopping: whether the devices are about to be taken away; never those of this process (see `engines.ray_learner.LearnerGang`).
+        frozen: the parameters that are not trained, on the mesh.
         lost: whether it must be made again; never, where it lives in the process that asks.
     """
 
@@ -55,6 +59,7 @@ class Learner:
         load_base: Callable[[], Any],
         mesh: Mesh,
         checkpoints: Checkpoints,
+        frozen: Mapping[str, Any] = {},
     ):
         self._model, self._settings, self._checkpoints, self._mesh = model, settings, checkpoints, mesh
         self._advantages = parallel.over_processes(advantage_kernel, len({device.process_index for device in mesh.devices.flat}))
@@ -63,7 +68,12 @@ class Learner:
         self._params_layout = parallel.layout(state.trainable, mesh)
         self._copy = parallel.compiled(copied, self._params_layout, dtype=settings.weights_dtype)
         self._version_shapes = jax.tree.map(_shape, jax.eval_shape(self._copy, state.trainable), self._params_layout)
-        self._reference = None if reference is None else parallel.place(reference, self._params_layout)
+        self.frozen = parallel.place(dict(frozen), parallel.layout(dict(frozen), mesh))
+        # What adapters are added to is a reference that takes no memory.
+        if reference is not None and not self.frozen:
+            reference = parallel.place(reference, self._params_layout)
+        self._reference = self.frozen or reference if reference is not None else None
+        self._reference_model = dataclasses.replace(model, config=dataclasses.replace(model.config, lora=None))
         self.state = state
         self.step, self.next_work = int(state.step), int(state.next_work)
         self.versions: dict[int, Any] = {}
@@ -151,7 +161,7 @@ class Learner:
         past = np.where(diagnostics.history_count > 0, diagnostics.history_mean, np.nan).astype(advantages.dtype)
         weights = np.asarray(preference_weights.weights(s.preference_weights, past, counts))
         wanted = wanted * weights[trained.preference_ids[trained.prompt_index]]
-        scalars, shares = self._optimise(trained, wanted.astype(advantages.dtype), version=expected)
+        scalars, shares = self._optimise(trained, wanted.astype(advantages.dtype), version=expected, present=counts > 0)
 
         staleness = np.mean([self.step - r.work.version for r in rollouts])
         self.step += 1
@@ -166,7 +176,9 @@ class Learner:
         rows = batching.completion_rows(rollouts, completions_per_prompt=s.completions_per_prompt)
         return metrics, advantages[rows]
 
-    def _optimise(self, trained: TrainBatch, advantages: np.ndarray, *, version: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _optimise(
+        self, trained: TrainBatch, advantages: np.ndarray, *, version: int | None, present: np.ndarray
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Makes the optimiser steps of a batch; returns what the last one measured, and whose gradient the first one followed."""
         s = self._settings
         batch = self._sliced(trained)
@@ -179,9 +191,10 @@ class Learner:
         shares = {}
         if s.gradients_every and (self.step + 1) % s.gradients_every == 0:
             fixed = (self.state.trainable, self._model, s.loss, batch, sliced, self._kl_coefficients(), old, reference)
-            shares = gradient_shares.describe(gradient_shares.gradient_shares(*fixed))
+            shares = gradient_shares.describe(gradient_shares.gradient_shares(*fixed, frozen=self.frozen))
         for _ in range(s.passes_per_batch):
-            self.state, scalars = update(self.state, self._model, s.loss, s.optimiser, batch, sliced, old, reference)
+            fixed = (self._model, s.loss, s.optimiser, batch, sliced, old, reference)
+            self.state, scalars = update(self.state, *fixed, frozen=self.frozen, present=present if s.optimiser.num_adapters > 1 else None)
             scalars = jax.device_get(scalars)
             refuse_non_finite(scalars, step=self.step + 1)
         return scalars, shares
@@ -203,11 +216,14 @@ class Learner:
         current = s.proximal == "current" or version == self.step
         if current and s.passes_per_batch == 1 and not always:
             return None
-        return score_slices(self.state.trainable if current else self.versions[version], self._model, s.loss.support, batch)
+        trained = self.state.trainable if current else self.versions[version]
+        return score_slices(lora.joined(self.frozen, trained), self._model, s.loss.support, batch)
 
     def _reference_log_probs(self, batch: TrainBatch) -> jax.Array | None:
-        reference = self.state.objective.get("reference", self._reference)
-        return None if reference is None else score_slices(reference, self._model, self._settings.loss.support, batch)
+        support, refreshed = self._settings.loss.support, self.state.objective.get("reference")
+        if refreshed is not None:
+            return score_slices(lora.joined(self.frozen, refreshed), self._model, support, batch)
+        return None if self._reference is None else score_slices(self._reference, self._reference_model, support, batch)
 
     def _pay_kl(self, flat: TrainBatch, signals: Signals, *, version: int | None) -> Signals:
         """Takes the KL of each completion, summed over its tokens, off its reward, where it is paid there."""

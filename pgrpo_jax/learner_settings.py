@@ -5,8 +5,9 @@ import dataclasses
 from pgrpo_jax.algorithms.preference_weights import PreferenceWeights
 from pgrpo_jax.curation import Curation
 from pgrpo_jax.kl_control import KLControl
+from pgrpo_jax.optimiser import OptimiserSettings
 from pgrpo_jax.schedule import Schedule
-from pgrpo_jax.update import LossSettings, OptimiserSettings
+from pgrpo_jax.update import LossSettings
 
 PROXIMAL = ("generator", "current")
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from pgrpo_jax.algorithms import advantages
 from pgrpo_jax.algorithms.advantages import AdvantageSettings, Diagnostics
 from pgrpo_jax.models.config import ModelConfig
-from pgrpo_jax.models.parameters import parameter_shapes, sharding_faults, SHARDED_AXES
+from pgrpo_jax.models.parameters import sharding_faults, SHARDED_AXES
 from pgrpo_jax.structs import RewardHistory
 
 AXIS = "devices"  # of `pmapped`
@@ -180,13 +180,13 @@ def _join(pieces: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate(pieces)
 
 
-def actor_shardings(model: ModelConfig, devices: Sequence[jax.Device], *, dtype: Any) -> Any:
-    """Returns how an actor holds a model: split over "tp" on several devices, as it is on one.
+def actor_shardings(shapes: Any, *, model: ModelConfig, devices: Sequence[jax.Device]) -> Any:
+    """Returns how an actor holds parameters: split over "tp" on several devices, as they are on one.
 
     Args:
+        shapes: arrays or shapes under the names of `parameter_shapes`, some or all.
         model: the model's sizes.
         devices: the actor's, of this process.
-        dtype: of its weights.
 
     Returns:
         A tree of `jax.ShapeDtypeStruct` with shardings.
@@ -194,14 +194,13 @@ def actor_shardings(model: ModelConfig, devices: Sequence[jax.Device], *, dtype:
     Raises:
         ValueError: heads, hidden units or vocabulary do not divide by the number of devices.
     """
-    shapes = parameter_shapes(model)
     if faults := sharding_faults(model, of="actor", fsdp=1, tp=len(devices)):
         raise ValueError(faults[0])
     if len(devices) == 1:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(devices[0]), shapes)
     else:
         shardings = layout(shapes, Mesh(np.array(devices), ("tp",)))
-    return jax.tree.map(lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=sharding), shapes, shardings)
+    return jax.tree.map(lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings)
 
 
 def localise(weights: Any, *, model: ModelConfig, devices: Sequence[jax.Device]) -> Any:
@@ -211,7 +210,7 @@ def localise(weights: Any, *, model: ModelConfig, devices: Sequence[jax.Device])
     place. What already lies as wanted may be shared, not copied: nobody may donate it.
 
     Args:
-        weights: a tree of `parameter_shapes`, any dtype.
+        weights: parameters under the names of `parameter_shapes`, some or all, any dtype.
         model: the model's sizes.
         devices: the actor's, of this process.
 
@@ -226,7 +225,7 @@ def localise(weights: Any, *, model: ModelConfig, devices: Sequence[jax.Device])
         joined = pieces[0] if len(pieces) == 1 else compiled(_join, like.sharding)(pieces)
         return jax.block_until_ready(joined)  # before the next one takes room for its own pieces
 
-    return jax.tree.map(local, weights, actor_shardings(model, devices, dtype=np.float32))
+    return jax.tree.map(local, weights, actor_shardings(weights, model=model, devices=devices))
 
 
 def advantage_kernel(

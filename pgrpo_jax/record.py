@@ -58,8 +58,8 @@ def record(
             base = assembly.load_base(config, task)
             rewards = assembly.make_rewards(config)
             resources.callback(rewards.close)
-            actor = assembly.make_actor(config, base, task, rewards)
-            weights = _version_0(config, base)
+            weights, frozen = _placed(config, base.params, dtype=config.weights.dtype, base=base), _placed(config, base.frozen, base=base)
+            actor = assembly.make_actor(config, base, task, rewards, frozen=frozen)
             directory.write_config(settings.flat(config))
             for step in range(config.num_steps):
                 _step(config, actor, weights, directory, step, stop, say)
@@ -97,9 +97,9 @@ def differences(earlier: Mapping[str, Any], identity: Mapping[str, Any], *, but:
     return [f"{key}: {earlier.get(key, '(absent)')} there, {value} here" for key, value in wanted.items() if earlier.get(key, "(absent)") != value]
 
 
-def _version_0(config: Any, base: assembly.Base) -> Any:
-    """The untrained policy as a learner publishes it, on an actor's devices."""
-    published = jax.tree.map(lambda x: jnp.asarray(x).astype(config.weights.dtype), base.params)
+def _placed(config: Any, params: Any, *, base: assembly.Base, dtype: Any = None) -> Any:
+    """Parameters of the untrained policy on an actor's devices, in the dtype in which a learner publishes them; None = their own."""
+    published = jax.tree.map(lambda x: jnp.asarray(x).astype(dtype or x.dtype), params)
     return parallel.localise(published, model=base.model.config, devices=jax.local_devices()[: config.actor.tp])
 
 

@@ -12,12 +12,14 @@ from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.kl_control import KLControl
 from pgrpo_jax.learner_settings import LearnerSettings
 from pgrpo_jax.models.config import ModelConfig
+from pgrpo_jax.models.lora import Lora
 from pgrpo_jax.models.quantised import STORAGE
 from pgrpo_jax.models.tokenizer import Tokenizer
 from pgrpo_jax.models.transformer import REMAT
+from pgrpo_jax.optimiser import learning_rate, OptimiserSettings
 from pgrpo_jax.schedule import Schedule
 from pgrpo_jax.tasks import mixture
-from pgrpo_jax.update import learning_rate, LossSettings, OptimiserSettings
+from pgrpo_jax.update import LossSettings
 from pgrpo_jax.verifiers.rewards import POLICIES
 
 ENGINES = ("inline", "threads", "ray", "replay")
@@ -37,6 +39,7 @@ _AT_LEAST = {
     "generation.max_new_tokens": 1,
     "generation.top_k": 0,
     "generation.slots": 0,
+    "lora.rank": 0,
     "optimiser.warmup_steps": 0,
     "optimiser.weight_decay": 0,
     "optimiser.clip_norm": 0,
@@ -94,7 +97,7 @@ def check(config: Any) -> None:
         if algorithm_settings.value_of(config, key) not in known
     ]
     errors += _check_numbers(config) + algorithm_settings.faults(config)
-    builders = (_task_weights, schedule, lambda c: learning_rate(optimiser_settings(c)), _random_model_if_any)
+    builders = (_task_weights, schedule, adapters, lambda c: learning_rate(optimiser_settings(c)), _random_model_if_any)
     for build in builders:
         try:
             build(config)
@@ -203,6 +206,7 @@ def optimiser_settings(config: Any) -> OptimiserSettings:
         eps=o.eps,
         weight_decay=o.weight_decay,
         clip_norm=o.clip_norm,
+        num_adapters=0 if (lora := adapters(config)) is None else lora.num_adapters,
     )
 
 
@@ -253,6 +257,20 @@ def kl_control(config: Any) -> KLControl:
 def work_per_step(config: Any) -> int:
     """Returns how many units of work one update consumes."""
     return algorithm_settings.oversample(config) * config.prompts_per_step // config.prompts_per_work
+
+
+def adapters(config: Any) -> Lora | None:
+    """Returns the adapters that are trained in place of the model; None = the model itself is.
+
+    Raises:
+        ValueError: they can not be made.
+    """
+    a = config.lora
+    if a.rank == 0:
+        return None
+    return Lora(
+        rank=a.rank, alpha=a.alpha, targets=tuple(a.targets.split()), num_adapters=num_preference_groups(config) if a.per_preference_group else 1
+    )
 
 
 def random_model(config: Any, vocab_size: int) -> ModelConfig:

@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pgrpo_jax import parallel
+from pgrpo_jax.optimiser import make_optimiser, OptimiserSettings
 from pgrpo_jax.structs import TrainState
-from pgrpo_jax.update import make_optimiser, OptimiserSettings
 
 
 def initial_state(
@@ -19,7 +19,7 @@ def initial_state(
     """Returns the state before the first update, on its devices: no device ever holds more than its share.
 
     Args:
-        params: the policy, from the host or this process's devices; the same in every process. Copied, since updates donate their input.
+        params: what is trained of the policy, from the host or this process's devices; the same in every process. Copied, since updates donate their input.
         history: before the first reward.
         optimiser: AdamW's settings.
         mesh: of `parallel.make_mesh`.

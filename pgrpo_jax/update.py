@@ -17,33 +17,10 @@ from pgrpo_jax.algorithms.objective import Objective
 from pgrpo_jax.algorithms.reward_history import segment_sum
 from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.generation.scoring import score
+from pgrpo_jax.models import lora
 from pgrpo_jax.models.transformer import Transformer
+from pgrpo_jax.optimiser import make_optimiser, OptimiserSettings
 from pgrpo_jax.structs import TrainBatch, TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimiserSettings:
-    """AdamW with a schedule and a global gradient norm limit.
-
-    Attributes:
-        learning_rate: peak step size.
-        schedule: after warm-up, "constant", or "cosine" or "linear" towards 0, which is reached after the last update.
-        warmup_steps: updates of linear warm-up.
-        num_updates: updates in the whole run.
-        b1, b2, eps: Adam's.
-        weight_decay: decoupled, on matrices only (not on norm scales, not on biases).
-        clip_norm: limit of the global gradient norm; 0 = off.
-    """
-
-    learning_rate: float
-    schedule: str
-    warmup_steps: int
-    num_updates: int
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,44 +38,6 @@ class LossSettings:
     num_preference_groups: int
 
 
-def learning_rate(settings: OptimiserSettings) -> optax.Schedule:
-    """Returns the step size as a function of the number of updates done.
-
-    Raises:
-        ValueError: unknown schedule.
-    """
-    rest = max(1, settings.num_updates - settings.warmup_steps)
-    shapes = {
-        "constant": lambda: optax.constant_schedule(settings.learning_rate),
-        "cosine": lambda: optax.cosine_decay_schedule(settings.learning_rate, rest),
-        "linear": lambda: optax.linear_schedule(settings.learning_rate, 0.0, rest),
-    }
-    if settings.schedule not in shapes:
-        raise ValueError(f"optimiser.schedule = {settings.schedule!r} is unknown: use one of {', '.join(shapes)}")
-    after = shapes[settings.schedule]()
-    if settings.warmup_steps == 0:
-        return after
-    # The first update already moves: a step size of 0 would waste a batch of rollouts.
-    first = settings.learning_rate / settings.warmup_steps
-    warmup = optax.linear_schedule(first, settings.learning_rate, max(1, settings.warmup_steps - 1))
-    return optax.join_schedules([warmup, after], [settings.warmup_steps])
-
-
-def make_optimiser(settings: OptimiserSettings) -> optax.GradientTransformation:
-    """Returns AdamW with the schedule, the decay mask and the norm limit of `settings`."""
-
-    def is_matrix(params: Any) -> Any:
-        def decays(path: Any, _: Any) -> bool:
-            return not any(kind in jax.tree_util.keystr(path) for kind in ("norm", "bias"))
-
-        return jax.tree_util.tree_map_with_path(decays, params)
-
-    adamw = optax.adamw(
-        learning_rate(settings), b1=settings.b1, b2=settings.b2, eps=settings.eps, weight_decay=settings.weight_decay, mask=is_matrix
-    )
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw) if settings.clip_norm > 0 else adamw
-
-
 def loss_sums(
     params: Any,
     model: Transformer,
@@ -108,22 +47,24 @@ def loss_sums(
     kl_coefficients: chex.Array,
     old_log_probs: chex.Array | None,
     reference_log_probs: chex.Array | None,
+    frozen: Mapping[str, Any] = {},
 ) -> tuple[chex.Array, tuple[chex.Array, dict[str, chex.Array], chex.Array]]:
     """The objective over one slice of a batch, as a sum and its count that add up over slices.
 
     Args:
-        params: the policy's parameters.
+        params: what is trained of the policy's parameters.
         batch: prompts [P, Tp] and completions [N, Tc], those of a prompt together and equally many for each.
         advantages: [N] float.
         kl_coefficients: [K] float, beta of each preference group.
         old_log_probs: [N, Tc], or None where pi_old is the policy itself: then it is its stopped gradient.
         reference_log_probs: [N, Tc], or None where no KL is paid in the loss.
+        frozen: the parameters that are not trained; {} = all are.
 
     Returns:
         (loss sum, (count to divide it by, sums, gaps)). `sums` are [N], over the tokens of each completion, see `objective.policy_loss`.
         `gaps` are |differences of log-probs| [N, 2, Tc], old policy to sampler and policy to old policy, -1 where nothing is counted.
     """
-    log_probs, entropies = score(model, params, batch, settings.support)
+    log_probs, entropies = score(model, lora.joined(frozen, params), batch, settings.support)
     fixed = jax.lax.stop_gradient(log_probs)
     old = fixed if old_log_probs is None else old_log_probs
     behaviour = batch.behaviour_log_probs.astype(log_probs.dtype)
@@ -149,12 +90,13 @@ def loss_sums(
     return loss, (count, sums, jax.lax.stop_gradient(gaps))
 
 
-def accumulate(params, model, settings, batch, advantages, kl_coefficients, old_log_probs, reference_log_probs):
+def accumulate(params, model, settings, batch, advantages, kl_coefficients, old_log_probs, reference_log_probs, frozen={}):
     """Gradient and metrics of the whole batch, slice by slice; dividing once by the count makes the slicing invisible.
 
     Args:
         batch, advantages, old_log_probs, reference_log_probs: as `loss_sums`, with a leading axis of micro-batches.
         kl_coefficients: [K] float.
+        frozen: the parameters that are not trained.
 
     Returns:
         (gradient of the loss, the loss = loss sum / count; sums and gaps with the axis of micro-batches).
@@ -164,7 +106,7 @@ def accumulate(params, model, settings, batch, advantages, kl_coefficients, old_
 
     def arguments(part):
         of_batch, of_advantages, old, reference = part
-        return params, model, settings, of_batch, of_advantages, kl_coefficients, old, reference
+        return params, model, settings, of_batch, of_advantages, kl_coefficients, old, reference, frozen
 
     def add(carry, part):
         (new_loss, (new_count, sums, gaps)), new_grads = gradient(*arguments(part))
@@ -185,6 +127,9 @@ def update(
     advantages: chex.Array,
     old_log_probs: chex.Array | None,
     reference_log_probs: chex.Array | None,
+    *,
+    frozen: Mapping[str, Any] = {},
+    present: Any = None,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
     """One optimiser step on one batch; `state` is donated, and the new one lies where it lay.
 
@@ -192,6 +137,8 @@ def update(
         state: training state, on its devices; `step`, `next_work`, `history` and `objective` are left to the caller. Of `objective` the
             loss reads "kl_coefficients" [K]; without it they are 0.
         batch: with a leading axis of micro-batches (`batching.micro_batches`), as the three arrays after it.
+        frozen: the parameters that are not trained, on the same devices; {} = all are.
+        present: [K] bool, of several adapters those whose preference group is in the batch; the others stay as they are, to the bit. None = all.
 
     Returns:
         (state with new parameters and optimiser state, metrics: scalars, that is the loss, the gradient norm before clipping, means over
@@ -201,18 +148,18 @@ def update(
     rows = NamedSharding(state.step.sharding.mesh, PartitionSpec(None, parallel.ROWS))
     static = {"model": model, "settings": settings, "optimiser_settings": optimiser_settings}
     step = parallel.compiled(_step, (shardings, None, rows), donate_argnums=(0,), **static)
-    state, metrics, measured = step(state, batch, advantages, old_log_probs, reference_log_probs)
+    state, metrics, measured = step(state, batch, advantages, old_log_probs, reference_log_probs, frozen, present)
     # A program of its own, after the one that trains: its exchange between devices must not mix with that of the gradients.
     everywhere = state.step.sharding
     measure = parallel.compiled(_measure, everywhere, everywhere=everywhere, num_preference_groups=settings.num_preference_groups)
     return state, metrics | measure(*measured, batch.preference_ids)
 
 
-def _step(state, batch, advantages, old_log_probs, reference_log_probs, *, model, settings, optimiser_settings):
+def _step(state, batch, advantages, old_log_probs, reference_log_probs, frozen, present, *, model, settings, optimiser_settings):
     kl_coefficients = state.objective.get("kl_coefficients", jnp.zeros(settings.num_preference_groups, advantages.dtype))
-    fixed = (batch, advantages, kl_coefficients, old_log_probs, reference_log_probs)
+    fixed = (batch, advantages, kl_coefficients, old_log_probs, reference_log_probs, frozen)
     grads, loss, *measured = accumulate(state.trainable, model, settings, *fixed)
-    changes, optimiser_state = make_optimiser(optimiser_settings).update(grads, state.optimiser, state.trainable)
+    changes, optimiser_state = make_optimiser(optimiser_settings).update(grads, state.optimiser, state.trainable, present=present)
     state = state.replace(trainable=optax.apply_updates(state.trainable, changes), optimiser=optimiser_state)
     return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}, measured
 

@@ -27,3 +27,10 @@ def few_compiled_programs():
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def lenient():
+    """Lets dtypes be promoted: optax does so implicitly."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

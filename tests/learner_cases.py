@@ -25,10 +25,11 @@ from pgrpo_jax.learner_settings import LearnerSettings
 from pgrpo_jax.models import transformer
 from pgrpo_jax.models.config import ModelConfig
 from pgrpo_jax.models.parameters import parameter_shapes
+from pgrpo_jax.optimiser import OptimiserSettings
 from pgrpo_jax.schedule import Schedule
 from pgrpo_jax.structs import Prompt, Rollouts, TrainBatch, Work
 from pgrpo_jax.train_state import initial_state
-from pgrpo_jax.update import LossSettings, OptimiserSettings
+from pgrpo_jax.update import LossSettings
 
 P, G, TP, TC, V, K = 8, 4, 6, 5, 32, 3
 PAD = 0

@@ -18,7 +18,7 @@ FLOORS = (
     {"structs", "buckets", "algorithms"},
     {"models", "generation", "tasks", "parallel", "batching", "preemption", "rollout_files", "exchange", "schedule", "verifiers"}
     | {"digests", "weight_versions", "batch_metrics", "curation", "laboratory", "contributions", "batch_files", "compile_cache", "late_record", "packing"},
-    {"controller", "checkpoints", "update", "parameter_server", "gradient_shares", "kl_control", "train_state"},
+    {"controller", "checkpoints", "update", "parameter_server", "gradient_shares", "kl_control", "train_state", "optimiser"},
     {"actor", "learner", "learner_settings"},
     {"engines"},
     {"train", "evaluate", "deployment", "assembly", "settings", "placement", "metrics", "run_directory", "step_records", "console"}
@@ -39,7 +39,8 @@ SAME_FLOOR = {
     "gradient_shares": {"update"},
     "histories": {"algorithm_settings", "assembly", "microscope", "run_directory", "settings"},
     "record": {"assembly", "settings", "run_directory"},
-    "train_state": {"update"},
+    "train_state": {"optimiser"},
+    "update": {"optimiser"},
     "learner": {"learner_settings"},
     "settings": {"algorithm_settings"},
     "train": {"deployment", "settings", "evaluate", "step_records", "console", "alarms"},
@@ -60,7 +61,7 @@ ANYWHERE = {"jax", "numpy", "chex", "etils", "absl", "pgrpo_jax"}
 FLOOR_0_LIBRARIES = {"jax", "numpy", "chex", "pgrpo_jax", "dataclasses", "typing", "math", "functools"}
 OWNERS = {
     "orbax": {"checkpoints", "exchange", "weight_versions", "late_record"},
-    "optax": {"update"},
+    "optax": {"optimiser", "update"},
     "xxhash": {"parameter_server"},
     "ray": {"engines"},
     "flax": {"models"},

@@ -20,11 +20,7 @@ MESH = parallel.make_mesh(jax.devices()[:1])
 UNIT = cases.P // 2  # prompts in a unit of work: a step takes two
 
 
-@pytest.fixture(autouse=True)
-def lenient():
-    """optax promotes dtypes implicitly."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 @pytest.fixture

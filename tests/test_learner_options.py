@@ -16,11 +16,7 @@ from pgrpo_jax.schedule import Schedule
 MESH = parallel.make_mesh(jax.devices()[:1])
 
 
-@pytest.fixture(autouse=True)
-def lenient():
-    """optax promotes dtypes implicitly."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 @pytest.fixture

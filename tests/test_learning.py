@@ -16,11 +16,7 @@ from pgrpo_jax.structs import Work
 NUM_STEPS, WINDOW, MARGIN = 30, 4, 0.15
 
 
-@pytest.fixture(autouse=True)
-def lenient():
-    """optax promotes dtypes implicitly."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 def config(preset: str):

@@ -116,7 +116,7 @@ def test_weights_come_to_an_actors_devices(fsdp, tp, actors):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), cases.params("policy"))
     placed = parallel.place(params, parallel.layout(params, parallel.make_mesh(jax.devices(), fsdp=fsdp, tp=tp)))
     local = parallel.localise(placed, model=cases.CONFIG, devices=devices)
-    like = parallel.actor_shardings(cases.CONFIG, devices, dtype="bfloat16")
+    like = parallel.actor_shardings(params, model=cases.CONFIG, devices=devices)
     assert jax.tree.structure(like) == jax.tree.structure(params)
     for path, found in jax.tree_util.tree_leaves_with_path(local):
         name, expected = path[-1].key, cases.leaf_at(like, path)
@@ -153,7 +153,7 @@ def test_an_actor_generates_over_its_devices_what_it_generates_on_one(storage, s
 
 def test_an_actor_that_can_not_hold_the_model_is_refused():
     with pytest.raises(ValueError, match=r"^the model's num_heads = 4 is not divisible by actor.tp = 3: set it to a divisor, 1, 2, 4$"):
-        parallel.actor_shardings(cases.CONFIG, jax.devices()[:3], dtype="float32")
+        parallel.actor_shardings(cases.params("policy"), model=cases.CONFIG, devices=jax.devices()[:3])
 
 
 # --- two processes

@@ -16,11 +16,7 @@ MOST = 40  # tokens of a completion at most: batches are 32 or 40 wide
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-@pytest.fixture(autouse=True)
-def lenient():
-    """optax promotes dtypes implicitly."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 @pytest.fixture

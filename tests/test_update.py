@@ -17,7 +17,7 @@ from pgrpo_jax import update as updates
 from pgrpo_jax.algorithms import reward_history
 from pgrpo_jax.generation.scoring import score
 from pgrpo_jax.models import transformer
-from pgrpo_jax.models.parameters import parameter_shapes
+from pgrpo_jax.optimiser import make_optimiser
 from pgrpo_jax.structs import TrainState
 from pgrpo_jax.train_state import initial_state
 
@@ -188,97 +188,6 @@ def test_the_policy_that_generated_is_its_own_old_policy():
     assert relative(gradient, jax.jit(jax.grad(loss), compiler_options=QUICK)(params)) < 1e-5
 
 
-# --- the optimiser; optax promotes dtypes implicitly, hence the fixture
-
-
-@pytest.fixture
-def lenient():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-def settings(**changes) -> updates.OptimiserSettings:
-    return dataclasses.replace(cases.OPTIMISER, **changes)
-
-
-SCHEDULES = {
-    "constant": [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
-    "linear": [0.25, 0.5, 0.75, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0],
-    "cosine": [0.25, 0.5, 0.75, 1] + [0.5 + 0.5 * math.cos(math.pi * n / 8) for n in range(9)],
-}
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_learning_rate_table(schedule):
-    rate = updates.learning_rate(settings(schedule=schedule, warmup_steps=4, num_updates=12, learning_rate=2e-4))
-    np.testing.assert_allclose([rate(n) for n in range(13)], 2e-4 * np.array(SCHEDULES[schedule]), rtol=1e-5, atol=1e-10)
-
-
-@pytest.mark.parametrize(
-    "warmup_steps, expected", [(0, [1, 2 / 3, 1 / 3]), (1, [1, 1, 1 / 2]), (3, [1 / 3, 2 / 3, 1]), (9, [1 / 9, 2 / 9, 3 / 9])]
-)
-def test_warm_up_of_any_length(warmup_steps, expected):
-    rate = updates.learning_rate(settings(schedule="linear", warmup_steps=warmup_steps, num_updates=3, learning_rate=1.0))
-    np.testing.assert_allclose([rate(n) for n in range(3)], expected, rtol=1e-6)
-
-
-def test_an_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match=r"^optimiser.schedule = 'exponential' is unknown: use one of constant, cosine, linear$"):
-        updates.learning_rate(settings(schedule="exponential"))
-
-
-def adamw(params, gradients, s, rates):
-    """AdamW (arXiv:1711.05101, algorithm 2) after a limit on the global norm, in float64; decay on all but norms."""
-    params = {name: np.float64(x) for name, x in params.items()}
-    first, second = ({name: np.zeros_like(x) for name, x in params.items()} for _ in range(2))
-    for t, (grads, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
-        norm = math.sqrt(sum(float(np.sum(np.float64(g) ** 2)) for g in grads.values()))
-        factor = min(1.0, s.clip_norm / norm) if s.clip_norm else 1.0
-        for name, g in grads.items():
-            g = np.float64(g) * factor
-            first[name] = s.b1 * first[name] + (1 - s.b1) * g
-            second[name] = s.b2 * second[name] + (1 - s.b2) * g * g
-            ascent = first[name] / (1 - s.b1**t) / (np.sqrt(second[name] / (1 - s.b2**t)) + s.eps)
-            decay = 0.0 if "norm" in name else s.weight_decay
-            params[name] = params[name] - rate * (ascent + decay * params[name])
-    return params
-
-
-@pytest.mark.parametrize("clip_norm, weight_decay", [(0.0, 0.0), (0.0, 0.3), (1.0, 0.3)])
-def test_optimiser_equals_numpy(lenient, clip_norm, weight_decay):
-    s = settings(schedule="cosine", warmup_steps=2, num_updates=8, learning_rate=0.05, clip_norm=clip_norm, weight_decay=weight_decay)
-    rng = np.random.default_rng(0)
-    shapes = {"embedding": (5, 3), "layers_attention_norm": (2, 3), "final_norm": (3,), "query": (2, 3, 1, 3)}
-    params = {name: rng.normal(1, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
-    # norms on both sides of the limit: the clip is active on some steps only
-    draw = lambda scale: {name: rng.normal(0, scale, shape).astype(np.float32) for name, shape in shapes.items()}  # noqa: E731
-    gradients = [draw(scale) for scale in (0.5, 0.05, 2.0, 0.1, 0.02)]
-    optimiser = updates.make_optimiser(s)
-
-    @jax.jit
-    def step(state, params, grads):
-        changes, state = optimiser.update(grads, state, params)
-        return state, optax.apply_updates(params, changes)
-
-    found, state = params, optimiser.init(params)
-    for grads in gradients:
-        state, found = step(state, found, grads)
-    expected = adamw(params, gradients, s, [float(updates.learning_rate(s)(n)) for n in range(len(gradients))])
-    for name in params:
-        np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, err_msg=name)
-
-
-def test_weight_decay_leaves_every_norm_and_bias_of_the_model_alone(lenient):
-    """With gradient 0 only the decay moves parameters."""
-    config = dataclasses.replace(cases.CONFIG, qkv_bias=True, qk_norm=True, post_norms=True)
-    params = jax.tree.map(lambda spec: np.full(spec.shape, 0.5, np.float32), parameter_shapes(config))
-    optimiser = updates.make_optimiser(settings(weight_decay=0.1, learning_rate=0.5))
-    changes, _ = jax.jit(optimiser.update)(jax.tree.map(jnp.zeros_like, params), optimiser.init(params), params)
-    decayed = {jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_leaves_with_path(changes) if np.any(x)}
-    assert decayed == {"['embedding']"} | {f"['layers']['{name}']" for name in ("query", "key", "value", "output", "gate", "up", "down")}
-    np.testing.assert_allclose(changes["embedding"], -0.05 * params["embedding"], rtol=1e-5)
-
-
 # --- the compiled update
 
 
@@ -303,7 +212,7 @@ def test_update_makes_one_step_and_donates_its_state(lenient):
     assert all(leaf.is_deleted() for leaf in held), "the buffers of the state are reused: memory for one state, not two"
 
     gradient, loss, sums, gaps = accumulated(1, settings=cases.LOSS, on_policy=True, reference=False)
-    optimiser = updates.make_optimiser(cases.OPTIMISER)
+    optimiser = make_optimiser(cases.OPTIMISER)
     changes, _ = jax.jit(optimiser.update)(gradient, optimiser.init(params), params)
     assert relative(jax.tree.map(lambda new, old: new - old, state.trainable, params), changes) < 1e-2  # m / sqrt(v) near g = 0 is rounding
     moments = state.optimiser[1][0].mu

@@ -16,7 +16,8 @@ from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.models import transformer
 from pgrpo_jax.structs import TrainBatch
 from pgrpo_jax.train_state import initial_state
-from pgrpo_jax.update import LossSettings, OptimiserSettings, score_slices, update
+from pgrpo_jax.optimiser import OptimiserSettings
+from pgrpo_jax.update import LossSettings, score_slices, update
 
 KL_COEFFICIENT = 0.04
 OPTIMISER = OptimiserSettings(

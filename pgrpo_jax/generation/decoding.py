@@ -16,7 +16,7 @@ import numpy as np
 
 from pgrpo_jax.generation import kv_cache, sampler
 from pgrpo_jax.generation.kv_cache import Caches
-from pgrpo_jax.models import attention, layers, quantised, transformer
+from pgrpo_jax.models import attention, layers, lora, quantised, transformer
 from pgrpo_jax.models.quantised import Stored
 from pgrpo_jax.models.transformer import Transformer
 
@@ -36,6 +36,7 @@ class SlotState:
         running: bool, False where it has ended.
         places: int32, which of its block's prompts it answers.
         prompt_lengths: int32, tokens of that prompt.
+        adapters: int32, which of the model's adapters that prompt is answered with.
     """
 
     completions: chex.Array
@@ -46,6 +47,7 @@ class SlotState:
     running: chex.Array
     places: chex.Array
     prompt_lengths: chex.Array
+    adapters: chex.Array
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -110,11 +112,13 @@ def _lay_out_layer(model: Transformer, storage: str, stacked: Any, row: chex.Arr
     if model.config.qkv_bias:
         query = w["query_bias"].reshape(model.config.num_kv_heads, -1, model.config.head_dim)
         stored["query_key_value_bias"] = jnp.concatenate([query, w["key_bias"][:, None], w["value_bias"][:, None]], axis=1)
-    return stored | {name: x for name, x in w.items() if "norm" in name}
+    # Adapters stay beside what they change: in fewer bits it would swallow them.
+    adapters = {name: x.astype(model.dtype) for name, x in w.items() if lora.is_adapter(name)}
+    return stored | adapters | {name: x for name, x in w.items() if "norm" in name}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def prefill(model: Transformer, storage: str, weights: Any, prompts: chex.Array, beginning: Caches = ()) -> Caches:
+def prefill(model: Transformer, storage: str, weights: Any, prompts: chex.Array, adapters: chex.Array, beginning: Caches = ()) -> Caches:
     """Computes prompts once for all their completions.
 
     Args:
@@ -122,6 +126,7 @@ def prefill(model: Transformer, storage: str, weights: Any, prompts: chex.Array,
         storage: of `quantised.STORAGE`, of the caches.
         weights: of `lay_out`.
         prompts: [P, Tp] int32, padded on the right.
+        adapters: [P] int32, which of the model's adapters each prompt is answered with.
         beginning: of the tokens that all of them begin with and that are not among `prompts`, one row; () = none.
 
     Returns:
@@ -136,7 +141,7 @@ def prefill(model: Transformer, storage: str, weights: Any, prompts: chex.Array,
         window = c.window(row)
         parts = [(*beginning[row], whole, at)] if beginning else []
         attended = attention.attention_over(c, parts, positions, window=window or None)
-        x, kept = layers.layer(c, layer, x, angles[window > 0], attended)
+        x, kept = layers.layer(c, layer, x, angles[window > 0], attended, adapters)
         caches.append(kv_cache.keep(*kept, storage))
     return tuple(caches)
 
@@ -234,7 +239,7 @@ def _forward(model, storage, weights, beginning, prefix, caches, slots, angles, 
             parts += [(*prefix[row], of_prompt[:, None]), (*both, own[:, None])]
             return attention.attend(query, parts, **attention.constants(c)), both
 
-        x, both = layers.layer(c, layer, x, angles[c.window(row) > 0], attended)
+        x, both = layers.layer(c, layer, x, angles[c.window(row) > 0], attended, slots.adapters)
         kept.append(both)
     hidden = layers.rms_norm(x, weights["final_norm"], epsilon=c.norm_epsilon, offset=c.norm_offset)
     return transformer.logits(weights, hidden, c.logit_soft_cap)[:, 0], tuple(kept)

@@ -90,6 +90,7 @@ def generate(
     completions_per_prompt: int,
     settings: GenerationSettings,
     limits: np.ndarray | None = None,
+    adapters: np.ndarray | None = None,
 ) -> Completions:
     """Samples completions. A pure function of its arguments: same key, same completions, to the bit.
 
@@ -102,13 +103,14 @@ def generate(
         completions_per_prompt: G.
         settings: what is generated.
         limits: [N] int32 in [1, Tc], tokens after which each completion is cut; None: Tc for all.
+        adapters: [P] int32, which of the model's adapters each prompt is answered with; None: the first, or the model has none.
 
     Returns:
         Completions on the host.
 
     Raises:
         FloatingPointError: a log-prob is not finite, so the parameters are not.
-        ValueError: a limit is out of bounds.
+        ValueError: a limit or an adapter is out of bounds.
     """
     chex.assert_rank([prompts, lengths], [2, 1])
     shape = (len(prompts), completions_per_prompt)
@@ -117,13 +119,21 @@ def generate(
         raise ValueError(
             f"limits reach from {limits.min()} to {limits.max()} tokens, outside [1, max_new_tokens = {settings.max_new_tokens}]: clip them"
         )
-    run = _Run(model, params, prompts, lengths, key, limits, settings)
+    adapters = np.zeros(len(prompts), np.int32) if adapters is None else np.asarray(adapters, np.int32)
+    _check_adapters(model, adapters, len(prompts))
+    run = _Run(model, params, prompts, lengths, key, limits, adapters, settings)
     while run.advance():
         pass
     out = run.completions
     if (bad := np.flatnonzero(~np.isfinite(out.log_probs).all(axis=1))).size:
         raise FloatingPointError(f"log-probs of completion {bad[0]} are not finite: the weights are damaged, go back to a good checkpoint")
     return out
+
+
+def _check_adapters(model: Transformer, adapters: np.ndarray, num_prompts: int) -> None:
+    known = 1 if model.config.lora is None else model.config.lora.num_adapters
+    if adapters.shape != (num_prompts,) or adapters.min() < 0 or adapters.max() >= known:
+        raise ValueError(f"adapters {adapters.tolist()} must be one for each of {num_prompts} prompts, in [0, {known}): the model has {known}")
 
 
 def arrange(num_prompts: int, completions_per_prompt: int, slots: int, *, short: bool) -> dict[str, int]:
@@ -144,18 +154,19 @@ def arrange(num_prompts: int, completions_per_prompt: int, slots: int, *, short:
 class _Run:
     """One call of `generate`: the host decides, the device decodes in between."""
 
-    def __init__(self, model, params, prompts, lengths, key, limits, settings):
+    def __init__(self, model, params, prompts, lengths, key, limits, adapters, settings):
         self._model, self._settings, self._key = model, settings, key
-        begun = shared_columns(prompts, lengths)
+        # What an adapter makes of the same beginning is another's no more.
+        begun = shared_columns(prompts, lengths) if (adapters == adapters[0]).all() else 0
         self._arrangement = arrange(*limits.shape, settings.slots, short=prompts.shape[1] - begun <= settings.max_new_tokens)
         last = np.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
-        self._slots = Slots(lengths, last, limits, **self._arrangement, smallest=settings.smallest_batch)
+        self._slots = Slots(lengths, last, limits, adapters, **self._arrangement, smallest=settings.smallest_batch)
         size, rows = settings.max_new_tokens, len(self._slots.began)
         self._widths = completion_widths(size)
         self._width, self._step, self._origin = self._widths[0], 0, 0
         self._weights = decoding.lay_out(model, params, settings.weights)
-        self._beginning = decoding.prefill(model, settings.cache, self._weights, prompts[:1, :begun]) if begun else ()
-        self._prefilled = decoding.prefill(model, settings.cache, self._weights, prompts[:, begun:], self._beginning)
+        self._beginning = decoding.prefill(model, settings.cache, self._weights, prompts[:1, :begun], adapters[:1]) if begun else ()
+        self._prefilled = decoding.prefill(model, settings.cache, self._weights, prompts[:, begun:], adapters, self._beginning)
         self._slots.refill(0)
         self._prefix = kv_cache.gather_prompts(self._prefilled, np.maximum(self._slots.table, 0))
         self._caches = kv_cache.empty(model, settings.cache, rows, self._width)

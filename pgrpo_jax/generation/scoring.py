@@ -22,14 +22,15 @@ def score(model: Transformer, params: Any, batch: TrainBatch, support: sampler.S
     Args:
         model: the transformer.
         params: its parameters.
-        batch: prompts and completions, those of a prompt together and equally many for each; rewards and preference groups are not read.
+        batch: prompts and completions, those of a prompt together and equally many for each; rewards are not read, preference groups name the adapters
+            of a model that has several.
             With a `packing` the model computes its rows in place of the completions'; gradients stay exact, values move by rounding.
         support: the distribution the completions were sampled from.
 
     Returns:
         (log-probs [N, Tc], entropies [N, Tc] in nats); values on padding are finite and meaningless.
     """
-    prefix = transformer.prefill(model, params, batch.prompts, batch.prompt_lengths)
+    prefix = transformer.prefill(model, params, batch.prompts, batch.prompt_lengths, batch.preference_ids)
     per_prompt = len(batch.completions) // len(batch.prompts)
     last = transformer.last_tokens(batch.prompts, batch.prompt_lengths)
     first, start = [jnp.repeat(x, per_prompt)[:, None] for x in (last, batch.prompt_lengths - 1)]
@@ -39,7 +40,8 @@ def score(model: Transformer, params: Any, batch: TrainBatch, support: sampler.S
     if batch.packing is not None:
         inputs, positions, tokens = [_packed(x, batch.packing) for x in (inputs, positions, tokens)]
         sequences = (batch.packing // batch.completions.shape[1]).reshape(tokens.shape)
-    hidden, _ = transformer.forward(model, params, inputs, positions, (prefix,), sequences)
+    adapters = jnp.repeat(batch.preference_ids, len(inputs) // len(batch.prompts))
+    hidden, _ = transformer.forward(model, params, inputs, positions, (prefix,), sequences, adapters)
     scores = chunked.log_probs(params, hidden, tokens, support, model.config.logit_soft_cap)
     return scores if batch.packing is None else tuple(_unpacked(x, batch.packing, batch.completions.shape) for x in scores)
 

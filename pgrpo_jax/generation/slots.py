@@ -16,6 +16,7 @@ class Slots:
         prompt_lengths: [P] int32, tokens.
         last_tokens: [P] int32, the last token of each prompt: the first input of its completions.
         limits: [P, G] int32, most tokens of each completion.
+        adapters: [P] int32, which of the model's adapters each prompt is answered with.
         blocks: blocks.
         rows_per_block: slots in each.
         places: prompts that a block holds.
@@ -28,15 +29,15 @@ class Slots:
     """
 
     def __init__(
-        self, prompt_lengths: np.ndarray, last_tokens: np.ndarray, limits: np.ndarray, *, blocks: int, rows_per_block: int, places: int,
-        smallest: int,
+        self, prompt_lengths: np.ndarray, last_tokens: np.ndarray, limits: np.ndarray, adapters: np.ndarray, *, blocks: int,
+        rows_per_block: int, places: int, smallest: int,
     ):  # fmt: skip
         rows, self._smallest = blocks * rows_per_block, smallest
-        self._prompt_lengths, self._last_tokens, self._limits = prompt_lengths, last_tokens, limits
+        self._prompt_lengths, self._last_tokens, self._limits, self._adapters = prompt_lengths, last_tokens, limits, adapters
         # Of equal limits the first comes first.
         self._waiting = [np.argsort(-of_prompt, kind="stable").tolist() for of_prompt in limits]
         self._rows_per_block = rows_per_block
-        names = ("completions", "inputs", "positions", "ages", "limits", "places")
+        names = ("completions", "inputs", "positions", "ages", "limits", "places", "adapters")
         values = {name: np.zeros(rows, np.int32) for name in names}
         self.state = SlotState(**values, running=np.zeros(rows, bool), prompt_lengths=np.ones(rows, np.int32))
         self.table = np.full((blocks, places), -1, np.int32)
@@ -97,6 +98,7 @@ class Slots:
         values = {
             "completions": prompt * self._limits.shape[1] + which, "inputs": self._last_tokens[prompt], "positions": length - 1, "ages": 0,
             "limits": self._limits[prompt, which], "running": True, "places": place, "prompt_lengths": length,
+            "adapters": self._adapters[prompt],
         }  # fmt: skip
         for name, value in values.items():
             getattr(self.state, name)[row] = value

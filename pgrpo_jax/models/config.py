@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from pgrpo_jax.models.lora import Lora
+
 _SIZE_LIMIT = 2**31  # sizes index int32 arrays
 ACTIVATIONS = ("silu", "gelu_tanh")
 ROPE_SCALINGS = ("linear", "llama3")
@@ -77,6 +79,7 @@ class ModelConfig:
         windows: for each layer, the tokens that one attends to, itself included; 0 = all before it. () = all, in every layer.
         local_rope_theta: the base in layers with a window, which `rope_scaling` leaves alone; None = as in the others.
         rope_scaling: None = wavelengths are as `rope_theta` says.
+        lora: the adapters that are trained in place of the model; None = it has none.
     """
 
     num_layers: int
@@ -102,6 +105,7 @@ class ModelConfig:
     windows: tuple[int, ...] = ()
     local_rope_theta: float | None = None
     rope_scaling: RopeScaling | None = None
+    lora: Lora | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pgrpo_jax.models import lora
 from pgrpo_jax.models.attention import Attention
 from pgrpo_jax.models.config import ModelConfig
 from pgrpo_jax.models.quantised import Quantised, read, Stored, wide
@@ -94,8 +95,9 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def layer(
-    config: ModelConfig, weights: Mapping[str, Stored], x: chex.Array, angles: tuple[chex.Array, chex.Array], attention: Attention
-) -> tuple[chex.Array, Any]:
+    config: ModelConfig, weights: Mapping[str, Stored], x: chex.Array, angles: tuple[chex.Array, chex.Array], attention: Attention,
+    adapters: chex.Array | None = None,
+) -> tuple[chex.Array, Any]:  # fmt: skip
     """One layer: attention, then a gated MLP; both residual, pre-normalised, and post-normalised where the model has those norms.
 
     Args:
@@ -106,6 +108,7 @@ def layer(
         x: [B, T, D].
         angles: of `rotation`.
         attention: what the tokens attend to.
+        adapters: [B] int32, which of the model's adapters each row uses; not read where it has at most one.
 
     Returns:
         (x after the layer, what `attention` returned beside the attended values).
@@ -117,33 +120,37 @@ def layer(
     def added(x: chex.Array, change: chex.Array, name: str) -> chex.Array:
         return x + norm(checkpoint_name(change, MATMUL), name) if config.post_norms else x + change
 
-    query, keys, values = _projected(config, weights, norm(x, "attention_norm"))
+    query, keys, values = _projected(config, weights, norm(x, "attention_norm"), adapters)
     if config.qk_norm:
         query, keys = norm(checkpoint_name(query, MATMUL), "query_norm"), norm(checkpoint_name(keys, MATMUL), "key_norm")
     query, keys, values = [checkpoint_name(part, MATMUL) for part in (rotate(query, angles), rotate(keys, angles), values)]
     attended, kept = attention(query, keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2))
-    x = checkpoint_name(added(x, linear(attended.reshape(*x.shape[:2], -1), weights["output"]), "post_attention_norm"), MATMUL)
-    return added(x, _mlp(config, weights, norm(x, "mlp_norm")), "post_mlp_norm"), kept
+    attended = attended.reshape(*x.shape[:2], -1)
+    output = lora.added(config.lora, weights, "output", attended, linear(attended, weights["output"]), adapters)
+    x = checkpoint_name(added(x, output, "post_attention_norm"), MATMUL)
+    return added(x, _mlp(config, weights, norm(x, "mlp_norm"), adapters), "post_mlp_norm"), kept
 
 
-def _projected(config: ModelConfig, weights: Mapping[str, Stored], h: chex.Array) -> list[chex.Array]:
+def _projected(config: ModelConfig, weights: Mapping[str, Stored], h: chex.Array, adapters: chex.Array | None) -> list[chex.Array]:
     """Queries [B, T, H, Dh], keys and values [B, T, Hkv, Dh] of normalised activations."""
-    if "query_key_value" not in weights:
-        parts = [linear(h, weights[name]) for name in ("query", "key", "value")]
-        biases = [weights[f"{name}_bias"].astype(h.dtype)[None, None] for name in ("query", "key", "value")] if config.qkv_bias else ()
-        return [part + bias for part, bias in zip(parts, biases, strict=True)] if config.qkv_bias else parts
-    fused = linear(h, weights["query_key_value"])
-    if config.qkv_bias:
-        fused = fused + weights["query_key_value_bias"].astype(h.dtype)[None, None]
-    query = fused[:, :, :, :-2].reshape(*h.shape[:2], config.num_heads, config.head_dim)
-    return [query, fused[:, :, :, -2], fused[:, :, :, -1]]
-
-
-def _mlp(config: ModelConfig, weights: Mapping[str, Stored], h: chex.Array) -> chex.Array:
-    """The gated MLP of normalised activations [B, T, D] (Shazeer 2020, arXiv:2002.05202)."""
-    if "gate_up" in weights:
-        gate, up = jnp.moveaxis(linear(h, weights["gate_up"]), 2, 0)
+    names = ("query", "key", "value")
+    if "query_key_value" in weights:
+        fused = linear(h, weights["query_key_value"])
+        if config.qkv_bias:
+            fused = fused + weights["query_key_value_bias"].astype(h.dtype)[None, None]
+        query = fused[:, :, :, :-2].reshape(*h.shape[:2], config.num_heads, config.head_dim)
+        parts = [query, fused[:, :, :, -2], fused[:, :, :, -1]]
     else:
-        gate, up = [checkpoint_name(linear(h, weights[name]), MATMUL) for name in ("gate", "up")]
-    gate = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-    return linear(gate * up, weights["down"])
+        parts = [linear(h, weights[name]) for name in names]
+        if config.qkv_bias:
+            parts = [part + weights[f"{name}_bias"].astype(h.dtype)[None, None] for name, part in zip(names, parts, strict=True)]
+    return [lora.added(config.lora, weights, name, h, part, adapters) for name, part in zip(names, parts, strict=True)]
+
+
+def _mlp(config: ModelConfig, weights: Mapping[str, Stored], h: chex.Array, adapters: chex.Array | None) -> chex.Array:
+    """The gated MLP of normalised activations [B, T, D] (Shazeer 2020, arXiv:2002.05202)."""
+    names = ("gate", "up")
+    parts = jnp.moveaxis(linear(h, weights["gate_up"]), 2, 0) if "gate_up" in weights else [linear(h, weights[name]) for name in names]
+    gate, up = [checkpoint_name(lora.added(config.lora, weights, name, h, part, adapters), MATMUL) for name, part in zip(names, parts, strict=True)]
+    hidden = (jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up
+    return lora.added(config.lora, weights, "down", hidden, linear(hidden, weights["down"]), adapters)

@@ -7,6 +7,7 @@ from typing import Any, Mapping
 import jax
 import jax.numpy as jnp
 
+from pgrpo_jax.models import lora
 from pgrpo_jax.models.config import ModelConfig
 
 
@@ -20,7 +21,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Any]:
         A tree of float32 `jax.ShapeDtypeStruct`: embedding [V, D], final_norm [D], head [D, V] where the embeddings are not
         tied, and under "layers", stacked over L: attention_norm [L, D], query [L, D, H, Dh], key and value [L, D, Hkv, Dh],
         output [L, H, Dh, D], mlp_norm [L, D], gate and up [L, D, F], down [L, F, D]; and where the model has them query_bias [L, H, Dh],
-        key_bias and value_bias [L, Hkv, Dh], query_norm and key_norm [L, Dh], post_attention_norm and post_mlp_norm [L, D].
+        key_bias and value_bias [L, Hkv, Dh], query_norm and key_norm [L, Dh], post_attention_norm and post_mlp_norm [L, D], and the adapters of
+        `lora.shapes`, behind the axis L.
     """
     width, heads, kv_heads, head_dim = config.width, config.num_heads, config.num_kv_heads, config.head_dim
     layers = {
@@ -40,6 +42,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Any]:
         layers |= {"query_norm": (head_dim,), "key_norm": (head_dim,)}
     if config.post_norms:
         layers |= {"post_attention_norm": (width,), "post_mlp_norm": (width,)}
+    if config.lora is not None:
+        layers |= lora.shapes(config.lora, layers)
     shapes = {"embedding": (config.vocab_size, width), "final_norm": (width,)}
     if not config.tied_embeddings:
         shapes["head"] = (width, config.vocab_size)
@@ -72,6 +76,12 @@ SHARDED_AXES: dict[str, tuple[str | None, ...]] = {
     "post_attention_norm": (None, None),  # [L, D]
     "post_mlp_norm": (None, None),  # [L, D]
 }
+SHARDED_AXES |= lora.cuts(SHARDED_AXES)
+
+
+def trainable_shapes(config: ModelConfig) -> dict[str, Any]:
+    """Returns what of `parameter_shapes` is trained, published and saved: the adapters where the model has some, else all of it."""
+    return lora.trainable(config.lora, parameter_shapes(config))
 
 
 def sharding_faults(config: ModelConfig, *, of: str, fsdp: int, tp: int) -> list[str]:

@@ -61,11 +61,13 @@ def _scaled_normal(fan_in: int):
 
 
 def _initialiser(name: str, shape: tuple[int, ...], config: ModelConfig) -> Any:
-    """Of a parameter without the axis of layers: norms 1 as they are applied, biases 0, matrices normal with variance 1 / fan-in."""
+    """Of a parameter without the axis of layers: norms 1 as they are applied, biases and what adapters add 0, matrices normal with variance 1 / fan-in."""
     if "norm" in name:
         return nn.initializers.constant(1 - config.norm_offset)
-    if "bias" in name:
+    if "bias" in name or name.endswith("_lora_b"):
         return nn.initializers.zeros
+    if name.endswith("_lora_a"):
+        return _scaled_normal(math.prod(shape[1:-1]))
     return _scaled_normal(math.prod(shape[:-1]) if name == "output" else config.width if name == "embedding" else shape[0])
 
 
@@ -78,15 +80,16 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, contexts, kind, fixed):
         """Scanned over layers: x [B, T, D] is carried; `contexts` holds this layer's (keys, values) of each segment, `kind` its (window, place among
-        the angles), None where all are alike; `fixed` is the same for all (segments' masks and positions, the tokens' positions and sequences, angles)."""
-        c, (window, place), (masks, places, positions, sequences, angles) = self.config, kind, fixed
+        the angles), None where all are alike; `fixed` is the same for all (segments' masks and positions, the tokens' positions and sequences, angles, rows' adapters)."""
+        c, (window, place), (masks, places, positions, sequences, angles, adapters) = self.config, kind, fixed
         shapes = {name: spec.shape[1:] for name, spec in parameter_shapes(c)["layers"].items()}
         weights = {name: self.param(name, _initialiser(name, shape, c), shape) for name, shape in shapes.items()}
         weights = {name: w if "norm" in name else w.astype(self.dtype) for name, w in weights.items()}
         weights["output"] = weights["output"].reshape(-1, c.width)
         parts = [(k, v, mask[:, None, :], at) for (k, v), mask, at in zip(contexts, masks, places, strict=True)]
         angles = angles if place is None else jax.tree.map(lambda both: jnp.take(both, place, axis=0), angles)
-        return layers.layer(c, weights, x, angles, attention.attention_over(c, parts, positions, window=window, sequences=sequences))
+        attended = attention.attention_over(c, parts, positions, window=window, sequences=sequences)
+        return layers.layer(c, weights, x, angles, attended, adapters)
 
 
 class Transformer(nn.Module):
@@ -105,8 +108,9 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: chex.Array, positions: chex.Array, context: Sequence[Segment] = (), sequences: chex.Array | None = None
-    ) -> tuple[chex.Array, KeyValues]:
+        self, tokens: chex.Array, positions: chex.Array, context: Sequence[Segment] = (), sequences: chex.Array | None = None,
+        adapters: chex.Array | None = None,
+    ) -> tuple[chex.Array, KeyValues]:  # fmt: skip
         """Runs T tokens a row against a context.
 
         Args:
@@ -114,6 +118,7 @@ class Transformer(nn.Module):
             positions: [B, T] int32, tokens from the start of the sequence.
             context: segments every token may attend to.
             sequences: [B, T] int32, where a row holds several sequences: which one a token belongs to; it sees no other. None: one a row.
+            adapters: [B] int32, which of the model's adapters each row uses; not read where it has at most one.
 
         Returns:
             (hidden [B, T, D] after the final norm, keys and values of these tokens).
@@ -132,7 +137,7 @@ class Transformer(nn.Module):
         )(c, self.dtype, name="layers")
         contexts = tuple((s.key_values.keys, s.key_values.values) for s in context)
         kinds, angles = self._kinds(positions, tokens.shape[1] + sum(s.mask.shape[1] for s in context))
-        fixed = (tuple(s.mask for s in context), tuple(s.positions for s in context), positions, sequences, angles)
+        fixed = (tuple(s.mask for s in context), tuple(s.positions for s in context), positions, sequences, angles, adapters)
         x, (keys, values) = stack(x, contexts, kinds, fixed)
         x = layers.rms_norm(x, tables["final_norm"], epsilon=c.norm_epsilon, offset=c.norm_offset)
         return x, KeyValues(keys=keys, values=values)
@@ -163,10 +168,11 @@ def initialise(model: Transformer, key: chex.PRNGKey) -> Any:
 
 
 def forward(
-    model: Transformer, params: Any, tokens: chex.Array, positions: chex.Array, context: Sequence[Segment] = (), sequences: chex.Array | None = None
-):
+    model: Transformer, params: Any, tokens: chex.Array, positions: chex.Array, context: Sequence[Segment] = (), sequences: chex.Array | None = None,
+    adapters: chex.Array | None = None,
+):  # fmt: skip
     """`Transformer.__call__` on a bare parameter tree; same arguments and returns."""
-    return model.apply({"params": params}, tokens, positions, context, sequences)
+    return model.apply({"params": params}, tokens, positions, context, sequences, adapters)
 
 
 def logits(params: Any, hidden: chex.Array, soft_cap: float = 0.0) -> chex.Array:
@@ -182,7 +188,7 @@ def logits(params: Any, hidden: chex.Array, soft_cap: float = 0.0) -> chex.Array
     return attention.capped(found if scales is None else found * scales.astype(found.dtype)[None, None], soft_cap)
 
 
-def prefill(model: Transformer, params: Any, prompts: chex.Array, lengths: chex.Array) -> Segment:
+def prefill(model: Transformer, params: Any, prompts: chex.Array, lengths: chex.Array, adapters: chex.Array | None = None) -> Segment:
     """Computes prompts once, as context for any number of completions.
 
     The last token of each prompt is left out: it is the first *input* of every completion, so that each sampled token comes
@@ -191,6 +197,7 @@ def prefill(model: Transformer, params: Any, prompts: chex.Array, lengths: chex.
     Args:
         prompts: [P, Tp] int32, padded on the right.
         lengths: [P] int32, tokens, at least 1.
+        adapters: [P] int32, as of `Transformer`.
 
     Returns:
         Segment of Tp tokens for P rows.
@@ -198,7 +205,7 @@ def prefill(model: Transformer, params: Any, prompts: chex.Array, lengths: chex.
     chex.assert_rank([prompts, lengths], [2, 1])
     columns = jnp.arange(prompts.shape[1], dtype=jnp.int32)[None, :]
     positions = jnp.broadcast_to(columns, prompts.shape)
-    _, key_values = forward(model, params, prompts, positions)
+    _, key_values = forward(model, params, prompts, positions, adapters=adapters)
     return Segment(key_values=key_values, mask=columns < lengths[:, None] - 1, positions=positions)
 
 

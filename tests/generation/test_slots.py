@@ -9,7 +9,7 @@ LIMITS = np.array([[9, 3, 7], [2, 8, 8], [5, 1, 6], [4, 9, 2]], np.int32)
 
 def begun(*, blocks, rows_per_block, places):
     """The completions in the order in which they begin; each step ends the slot whose limit is the least."""
-    slots = Slots(np.full(4, 5, np.int32), np.arange(4, dtype=np.int32), LIMITS, blocks=blocks, rows_per_block=rows_per_block, places=places, smallest=1)
+    slots = Slots(np.full(4, 5, np.int32), np.arange(4, dtype=np.int32), LIMITS, np.zeros(4, np.int32), blocks=blocks, rows_per_block=rows_per_block, places=places, smallest=1)
     order = []
     for step in range(12):
         before = slots.state.running.copy()
