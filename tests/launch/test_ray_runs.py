@@ -157,7 +157,7 @@ def run(workdir, cache, disturbance=None, **changes):
 def run_in(scratch, workdir, cache, disturbance, **changes):
     output = ""
     for _ in range(10):
-        line = program.command(workdir, **STEPS, **RAY, **changes)
+        line = program.command(workdir, **{**STEPS, **RAY, **changes})
         driver = program.start(line, cache=cache, variables={"TMPDIR": scratch})
         disturbance.start(driver)
         deadline = time.monotonic() + program.TIMEOUT_SECS
@@ -208,6 +208,15 @@ def test_two_actors_killed_twice(inline, cache, tmp_path):
     assert f"state_sha256 {program.summary(inline(1, 2))['state_sha256']}" in output
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(event["controller/dropped"] == 0 for event in events)
+
+
+def test_adapters_travel_without_the_model(cache, tmp_path):
+    """One adapter for each preference group, on a base that every actor loads by itself: the same bits as in one process."""
+    changes = {"num_steps": 8, "lora__rank": 2, "lora__per_preference_group": True, "optimiser__learning_rate": 0.02, **staleness(1, 2)}
+    done = program.run(program.command(tmp_path / "inline", **{**STEPS, **changes}), cache=cache)
+    assert (done.returncode, done.stderr) == (0, "")
+    run(tmp_path / "run", cache, num_actors=1, **changes)
+    same_run(tmp_path / "run", tmp_path / "inline", num_steps=8)
 
 
 def test_what_is_wrong_in_a_process_far_away_is_said_in_one_line(tmp_path):

@@ -1,0 +1,19 @@
+"""One adapter for each preference group: SmolLM2-135M stays as it is, and five adapters learn the tastes of five clusters of MovieLens users.
+
+    python launch/train.py --config=configs/adapters.py --workdir=runs/adapters
+    python launch/train.py --config=configs/adapters.py --workdir=runs/shared --config.lora.per_preference_group=False      (one for all)
+
+Hardware: two CPU cores, 8 GB of memory. Time: TIME
+Expected: EXPECTED
+"""
+
+from configs import movielens
+
+
+def get_config():
+    """Returns the configuration."""
+    config = movielens.get_config()
+    config.lora.rank = 8
+    config.lora.per_preference_group = True
+    config.optimiser.learning_rate = 1e-3
+    return config

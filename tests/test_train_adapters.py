@@ -1,0 +1,72 @@
+"""Runs that train adapters: resumed and moved to threads they are the same runs to the bit, and what they write is small."""
+
+import jax
+import numpy as np
+import pytest
+import small_config
+from test_train import records, StopAt
+
+from pgrpo_jax.evaluate import evaluate_run
+from pgrpo_jax.preemption import EXIT_PREEMPTED, Stop
+from pgrpo_jax.run_directory import RunDirectory
+from pgrpo_jax.settings import ConfigError
+from pgrpo_jax.train import train
+
+ADAPTERS = {"lora__rank": 2, "lora__per_preference_group": True, "staleness__accept": 2, "algorithm__kl_coefficient": 0.05, "optimiser__learning_rate": 0.02}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def run(workdir, stop=None, **changes):
+    changes = ADAPTERS | changes
+    return train(small_config.config(**changes), identity=small_config.identity(**changes), workdir=workdir, stop=stop or Stop())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("adapters") / "whole"
+    assert run(workdir) == 0
+    return workdir
+
+
+def test_a_stopped_run_of_adapters_goes_on_as_if_it_had_not(whole, tmp_path):
+    for count in (3, 13, 9):
+        assert run(tmp_path / "torn", StopAt(count)) == EXIT_PREEMPTED
+    assert run(tmp_path / "torn") == 0
+    assert records(tmp_path / "torn") == records(whole)
+    last = records(whole)["metrics"][-1]
+    assert last["kl"] > 1e-6, "it has left the base"
+    largest = max(file.stat().st_size for file in (whole / "checkpoints").rglob("*") if file.is_file())
+    assert largest < 60_000, "no checkpoint holds the model"
+
+
+def test_in_threads_it_is_the_same_run(whole, tmp_path):
+    assert run(tmp_path / "run", engine="threads", num_actors=1) == 0
+    assert records(tmp_path / "run")["sha256"] == records(whole)["sha256"]
+
+
+def test_over_devices_it_runs_and_is_evaluated(tmp_path):
+    changes = {"prompts_per_step": 8, "num_steps": 2, "learner__num_devices": 8, "learner__mesh__fsdp": 2, "actor__tp": 1, "evaluation__num_prompts": 4}
+    assert run(tmp_path / "run", **changes) == 0
+    wanted = ADAPTERS | changes | {"evaluation__completions_per_prompt": 3}  # not on record: the checkpoint is read and answers
+    config = small_config.config(**wanted)
+    assert evaluate_run(config, identity=small_config.identity(**wanted), workdir=tmp_path / "run", stop=Stop()) == 0
+    found = RunDirectory(tmp_path / "run").evaluations()
+    assert {(record["step"], record["completions_per_prompt"]) for record in found} >= {(2, 3)}
+
+
+def test_a_run_of_adapters_is_not_that_of_the_model(whole):
+    with pytest.raises(ValueError, match="lora.rank: 2 there, 3 here"):
+        run(whole, lora__rank=3)
+
+
+def test_what_adapters_can_not_be_is_said_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ConfigError, match="lora's targets are 'query head', must be some of query key value output gate up down, each once"):
+        run(tmp_path / "run", lora__targets="query head")
+    with pytest.raises(ConfigError, match="lora.rank = -1 is below 0: set it to at least 0"):
+        run(tmp_path / "run", lora__rank=-1)
+    assert np.size(list(tmp_path.iterdir())) == 0
