@@ -12,11 +12,9 @@ import contextlib
 import math
 from typing import Any, Callable, Collection, Mapping
 
-import jax
-import jax.numpy as jnp
 from etils import epath
 
-from pgrpo_jax import assembly, parallel, settings
+from pgrpo_jax import assembly, policies, settings
 from pgrpo_jax.actor import Actor
 from pgrpo_jax.preemption import EXIT_PREEMPTED, Preempted, Stop
 from pgrpo_jax.rollout_files import find_rollouts, load_rollouts, pack_rollouts
@@ -59,7 +57,7 @@ def record(
             rewards = assembly.make_rewards(config)
             resources.callback(rewards.close)
             actor = assembly.make_actor(config, base, task, rewards)
-            weights = _version_0(config, base)
+            weights = policies.published(config, base, base.params)
             directory.write_config(settings.flat(config))
             for step in range(config.num_steps):
                 _step(config, actor, weights, directory, step, stop, say)
@@ -95,12 +93,6 @@ def differences(earlier: Mapping[str, Any], identity: Mapping[str, Any], *, but:
     infinite = {key for key, value in identity.items() if isinstance(value, float) and not math.isfinite(value)}
     wanted = {key: None if key in infinite else value for key, value in sorted(identity.items()) if key not in but}
     return [f"{key}: {earlier.get(key, '(absent)')} there, {value} here" for key, value in wanted.items() if earlier.get(key, "(absent)") != value]
-
-
-def _version_0(config: Any, base: assembly.Base) -> Any:
-    """The untrained policy as a learner publishes it, on an actor's devices."""
-    published = jax.tree.map(lambda x: jnp.asarray(x).astype(config.weights.dtype), base.params)
-    return parallel.localise(published, model=base.model.config, devices=jax.local_devices()[: config.actor.tp])
 
 
 def _step(config: Any, actor: Actor, weights: Any, directory: RunDirectory, step: int, stop: Stop, say: Callable[[str], None]) -> None:

@@ -24,7 +24,7 @@ FLOORS = (
     {"train", "evaluate", "deployment", "assembly", "settings", "placement", "metrics", "run_directory", "step_records", "console"}
     | {"report", "report_sections", "report_page", "charts", "alarms", "metric_table", "algorithm_settings"}
     | {"laboratory_charts"}
-    | {"microscope", "microscope_measures", "microscope_charts", "microscope_page", "record", "histories"},
+    | {"microscope", "microscope_measures", "microscope_charts", "microscope_page", "record", "histories", "policies"},
 )
 # importer -> what it may import on its own floor
 SAME_FLOOR = {
@@ -37,8 +37,9 @@ SAME_FLOOR = {
     "batching": {"packing"},
     "curation": {"batching"},
     "gradient_shares": {"update"},
-    "histories": {"algorithm_settings", "assembly", "microscope", "run_directory", "settings"},
-    "record": {"assembly", "settings", "run_directory"},
+    "histories": {"algorithm_settings", "assembly", "microscope", "policies", "run_directory", "settings"},
+    "policies": {"assembly", "placement", "run_directory", "settings"},
+    "record": {"assembly", "policies", "settings", "run_directory"},
     "train_state": {"update"},
     "learner": {"learner_settings"},
     "settings": {"algorithm_settings"},
