@@ -12,6 +12,7 @@ from pgrpo_jax.checkpoints import Checkpoints
 from pgrpo_jax.learner import Learner
 from pgrpo_jax.run_directory import RunDirectory
 from pgrpo_jax.structs import RewardHistory
+from pgrpo_jax.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +37,14 @@ class Saved:
         return jax.device_get(self.learner.state.history)
 
 
-def restore(config: Any, *, identity: Mapping[str, Any], run: epath.PathLike) -> Saved:
+def restore(config: Any, *, identity: Mapping[str, Any], run: epath.PathLike, task: Task | None = None) -> Saved:
     """Reads the newest checkpoint of a run, verified; nothing is written.
 
     Args:
         config: the run's, every key of configs/base.py.
         identity: its identity keys, flat.
         run: the run directory, of a run that may still be training.
+        task: of the configuration, loaded already; None = it is loaded.
 
     Raises:
         ValueError: the configuration can not be used here, or the checkpoint is corrupt or of another identity.
@@ -54,7 +56,7 @@ def restore(config: Any, *, identity: Mapping[str, Any], run: epath.PathLike) ->
     if not saved.exists():
         raise FileNotFoundError(missing)
     placement.check_devices(config, num_devices=len(jax.devices()))
-    base = assembly.load_base(config, assembly.load_task(config))
+    base = assembly.load_base(config, assembly.load_task(config) if task is None else task)
     checkpoints = Checkpoints(saved, identity=assembly.run_identity(config, identity, base), read_only=True)
     try:
         learner = assembly.make_learner(config, base, checkpoints)

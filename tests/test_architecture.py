@@ -24,7 +24,7 @@ FLOORS = (
     {"train", "evaluate", "deployment", "assembly", "settings", "placement", "metrics", "run_directory", "step_records", "console"}
     | {"report", "report_sections", "report_page", "charts", "alarms", "metric_table", "algorithm_settings"}
     | {"laboratory_charts"}
-    | {"microscope", "microscope_measures", "microscope_charts", "microscope_page", "record", "histories", "policies", "export"},
+    | {"microscope", "microscope_measures", "microscope_charts", "microscope_page", "record", "histories", "policies", "export", "sample"},
 )
 # importer -> what it may import on its own floor
 SAME_FLOOR = {
@@ -39,6 +39,7 @@ SAME_FLOOR = {
     "gradient_shares": {"update"},
     "histories": {"algorithm_settings", "assembly", "microscope", "policies", "run_directory", "settings"},
     "export": {"policies", "settings"},
+    "sample": {"assembly", "policies", "settings"},
     "policies": {"assembly", "placement", "run_directory", "settings"},
     "record": {"assembly", "policies", "settings", "run_directory"},
     "train_state": {"update"},
