@@ -87,6 +87,8 @@ def write(directory: pathlib.Path, saved: policies.Saved, params: Any, *, dtype:
 
 def _checked(output: str) -> pathlib.Path:
     """The place of the directory, absolute; whatever speaks against it is said before any work."""
+    if not output:
+        raise ValueError("--output is empty: give a directory to make")
     if "://" in output:
         raise ValueError(f"--output {output} is in a bucket: give a local directory, and copy it there")
     target = pathlib.Path(output).absolute()
