@@ -84,6 +84,14 @@ def test_answers_depend_on_the_prompt_alone(workdir):
     assert ask(workdir, prompt=two, num_completions=2)[1] == said[4:6]
 
 
+def test_each_prompt_has_a_random_stream_of_its_own(workdir):
+    """So hot that the policy does not matter, an answer shows the stream: it differs between prompts, and is the same for trained and untrained."""
+    lines = ["user 1 likes: b b f", "user 2 likes: b b f"]
+    hot = {"temperature": 1e9, "num_completions": 2}
+    said = ask(workdir, lines, **hot)[1]
+    assert len(set(said)) == 4 and said == ask(None, lines, **hot)[1]
+
+
 def test_a_prompt_that_can_not_be_answered_is_said_and_the_next_one_is_answered(workdir):
     lines = iter(["first", "", "  ", "x" * 250, "a \udcff b", "first"])
     status, said, noted = ask(workdir, lines, max_new_tokens=10)

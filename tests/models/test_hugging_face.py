@@ -153,6 +153,17 @@ def test_published_configurations_are_written_as_their_authors_wrote_them(name):
 
 
 @pytest.mark.parametrize(
+    "base, windows",
+    [(GEMMA_3_1B, (512, 0) * 13), (GEMMA_2_2B, (0, 4096) * 13), (GEMMA_2_2B, ()), (QWEN_3_1_7B, (0,) * 5 + (7,) * 23), (QWEN_2_5_HALF_B, (9,) * 24)],
+)
+def test_layers_with_a_window_are_named_one_by_one(base, windows):
+    config = dataclasses.replace(hugging_face.to_model_config(base), windows=windows)
+    written = hugging_face.from_model_config(config)
+    assert written["layer_types"] == ["sliding_attention" if window else "full_attention" for window in windows or (0,) * 26]
+    assert written.get("sliding_window", 0) == max(windows, default=0) and hugging_face.to_model_config(written) == config
+
+
+@pytest.mark.parametrize(
     "base, changes, message",
     [
         (LLAMA_3_2_1B, dict(windows=(4,) + (0,) * 15), r"LlamaForCausalLM, the nearest architecture, can not have windows \(4, 0, .* \(it has \(\)\)"),
