@@ -20,7 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from configs import base  # noqa: E402  (needs the path above)
 from launch import run_config  # noqa: E402
-from pgrpo_jax import histories  # noqa: E402
+from pgrpo_jax import histories, policies  # noqa: E402
 
 _CHANGES = {"preference_groups": "task.preference_groups", "num_preference_groups": "task.num_preference_groups", "arm": "algorithm.arm"}
 
@@ -43,7 +43,7 @@ def run(command: str, path: str, *, user: str | None = None, out: str | None = N
         FileNotFoundError: there is no run, or no checkpoint.
     """
     config = run_config.read(path)
-    saved = histories.restore(config, identity=base.identity(config), run=path)
+    saved = policies.restore(config, identity=base.identity(config), run=path)
     lines = [f"histories after {saved.learner.step} updates", *histories.table(saved.history)]
     if command == "forget":
         count = histories.forget(saved, user, out, identity=base.identity(config))

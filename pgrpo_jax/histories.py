@@ -14,8 +14,8 @@ from etils import epath
 
 from pgrpo_jax import algorithm_settings, assembly, contributions, curation, parallel, settings
 from pgrpo_jax.checkpoints import Checkpoints
-from pgrpo_jax.learner import Learner
 from pgrpo_jax.microscope import read_steps, Step
+from pgrpo_jax.policies import Saved
 from pgrpo_jax.run_directory import RunDirectory
 from pgrpo_jax.structs import Prompt, RewardFailure, RewardHistory, Rollouts
 
@@ -23,60 +23,11 @@ _CLOSE = 1e-3  # of means and deviations: the checkpoint's were merged step by s
 _EPOCHS = 64  # of a task's prompts that are looked through for users; in a mixture one epoch does not ask everybody
 
 
-@dataclasses.dataclass(frozen=True)
-class Saved:
-    """What is read of a run.
-
-    Attributes:
-        config: every key of configs/base.py.
-        base: the untrained policy.
-        learner: restored from the newest checkpoint.
-        directory: the run's records.
-    """
-
-    config: Any
-    base: assembly.Base
-    learner: Learner
-    directory: RunDirectory
-
-    @property
-    def history(self) -> RewardHistory:
-        """The histories of the checkpoint, on the host."""
-        return jax.device_get(self.learner.state.history)
-
-
-def restore(config: Any, *, identity: Mapping[str, Any], run: epath.PathLike) -> Saved:
-    """Reads the newest checkpoint of a run, verified; nothing is written.
-
-    Args:
-        config: the run's, every key of configs/base.py.
-        identity: its identity keys, flat.
-        run: the run directory.
-
-    Raises:
-        ValueError: the configuration can not be used, or the checkpoint is corrupt or of another identity.
-        FileNotFoundError: there is no checkpoint.
-    """
-    settings.check(config)
-    saved = epath.Path(run) / "checkpoints"
-    if not saved.exists():
-        raise FileNotFoundError(f"no committed checkpoint in {saved}: give the --workdir of a run that has saved one")
-    base = assembly.load_base(config, assembly.load_task(config))
-    checkpoints = Checkpoints(saved, identity=assembly.run_identity(config, identity, base), read_only=True)
-    try:
-        learner = assembly.make_learner(config, base, checkpoints)
-        if not learner.restore():
-            raise FileNotFoundError(f"no committed checkpoint in {saved}: give the --workdir of a run that has saved one")
-    finally:
-        checkpoints.close()
-    return Saved(config, base, learner, RunDirectory(run))
-
-
 def recorded_parts(saved: Saved) -> tuple[tuple[Step, ...], dict[str, RewardHistory]]:
     """Reads what each user contributed, and checks that together it is what the checkpoint holds.
 
     Args:
-        saved: of `restore`.
+        saved: of `policies.restore`.
 
     Returns:
         (steps up to the checkpoint's, user_id -> contribution).
@@ -149,7 +100,7 @@ def forget(saved: Saved, user: str, out: epath.PathLike, *, identity: Mapping[st
     were trained on the user's answers, and the task still asks for him: take him out of its data as well before going on.
 
     Args:
-        saved: of `restore`.
+        saved: of `policies.restore`.
         user: pseudonym, `Prompt.user_id`.
         out: the new run directory; empty or not there.
         identity: the run's identity keys, flat.
@@ -175,7 +126,7 @@ def migrate(saved: Saved, config: Any, out: epath.PathLike, *, identity: Mapping
     Samples and rollouts name the new preference groups; the metrics of the steps so far are by the old ones.
 
     Args:
-        saved: of `restore`.
+        saved: of `policies.restore`.
         config: the run's, with another task.preference_groups, task.num_preference_groups or algorithm.arm.
         out: the new run directory; empty or not there.
         identity: identity keys of `config`, flat.

@@ -12,12 +12,11 @@ import contextlib
 import math
 from typing import Any, Callable, Collection, Mapping
 
-import jax
-import jax.numpy as jnp
 from etils import epath
 
-from pgrpo_jax import assembly, parallel, settings
+from pgrpo_jax import assembly, policies, settings
 from pgrpo_jax.actor import Actor
+from pgrpo_jax.models import lora
 from pgrpo_jax.preemption import EXIT_PREEMPTED, Preempted, Stop
 from pgrpo_jax.rollout_files import find_rollouts, load_rollouts, pack_rollouts
 from pgrpo_jax.run_directory import check_workdir, RunDirectory, write_atomically
@@ -58,8 +57,8 @@ def record(
             base = assembly.load_base(config, task)
             rewards = assembly.make_rewards(config)
             resources.callback(rewards.close)
-            weights, frozen = _placed(config, base.params, dtype=config.weights.dtype, base=base), _placed(config, base.frozen, base=base)
-            actor = assembly.make_actor(config, base, task, rewards, frozen=frozen)
+            actor = assembly.make_actor(config, base, task, rewards)
+            weights = policies.published(config, base, lora.joined(base.frozen, base.params))
             directory.write_config(settings.flat(config))
             for step in range(config.num_steps):
                 _step(config, actor, weights, directory, step, stop, say)
@@ -95,12 +94,6 @@ def differences(earlier: Mapping[str, Any], identity: Mapping[str, Any], *, but:
     infinite = {key for key, value in identity.items() if isinstance(value, float) and not math.isfinite(value)}
     wanted = {key: None if key in infinite else value for key, value in sorted(identity.items()) if key not in but}
     return [f"{key}: {earlier.get(key, '(absent)')} there, {value} here" for key, value in wanted.items() if earlier.get(key, "(absent)") != value]
-
-
-def _placed(config: Any, params: Any, *, base: assembly.Base, dtype: Any = None) -> Any:
-    """Parameters of the untrained policy on an actor's devices, in the dtype in which a learner publishes them; None = their own."""
-    published = jax.tree.map(lambda x: jnp.asarray(x).astype(dtype or x.dtype), params)
-    return parallel.localise(published, model=base.model.config, devices=jax.local_devices()[: config.actor.tp])
 
 
 def _step(config: Any, actor: Actor, weights: Any, directory: RunDirectory, step: int, stop: Stop, say: Callable[[str], None]) -> None:

@@ -24,7 +24,7 @@ FLOORS = (
     {"train", "evaluate", "deployment", "assembly", "settings", "placement", "metrics", "run_directory", "step_records", "console"}
     | {"report", "report_sections", "report_page", "charts", "alarms", "metric_table", "algorithm_settings"}
     | {"laboratory_charts"}
-    | {"microscope", "microscope_measures", "microscope_charts", "microscope_page", "record", "histories"},
+    | {"microscope", "microscope_measures", "microscope_charts", "microscope_page", "record", "histories", "policies", "export", "sample"},
 )
 # importer -> what it may import on its own floor
 SAME_FLOOR = {
@@ -37,8 +37,11 @@ SAME_FLOOR = {
     "batching": {"packing"},
     "curation": {"batching"},
     "gradient_shares": {"update"},
-    "histories": {"algorithm_settings", "assembly", "microscope", "run_directory", "settings"},
-    "record": {"assembly", "settings", "run_directory"},
+    "histories": {"algorithm_settings", "assembly", "microscope", "policies", "run_directory", "settings"},
+    "export": {"assembly", "policies", "settings"},
+    "sample": {"assembly", "policies", "settings"},
+    "policies": {"assembly", "placement", "run_directory", "settings"},
+    "record": {"assembly", "policies", "settings", "run_directory"},
     "train_state": {"optimiser"},
     "update": {"optimiser"},
     "learner": {"learner_settings"},

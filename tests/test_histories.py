@@ -9,7 +9,7 @@ import pytest
 import small_config
 
 from launch import histories as program
-from pgrpo_jax import histories
+from pgrpo_jax import histories, policies
 from pgrpo_jax.preemption import EXIT_PREEMPTED, Stop
 from pgrpo_jax.rollout_files import find_rollouts, load_rollouts, pack_rollouts
 from pgrpo_jax.run_directory import RunDirectory
@@ -52,7 +52,7 @@ def stopped(tmp_path_factory):
 def opened(workdir, **changes):
     changes = CHANGES | changes
     config, identity = small_config.config(**changes), small_config.identity(**changes)
-    return histories.restore(config, identity=identity, run=workdir), identity
+    return policies.restore(config, identity=identity, run=workdir), identity
 
 
 def units(workdir):

@@ -6,7 +6,9 @@ import pytest
 import small_config
 from test_train import records, StopAt
 
+from pgrpo_jax import export, policies, sample
 from pgrpo_jax.evaluate import evaluate_run
+from pgrpo_jax.models import weights
 from pgrpo_jax.preemption import EXIT_PREEMPTED, Stop
 from pgrpo_jax.run_directory import RunDirectory
 from pgrpo_jax.settings import ConfigError
@@ -57,6 +59,38 @@ def test_over_devices_it_runs_and_is_evaluated(tmp_path):
     assert evaluate_run(config, identity=small_config.identity(**wanted), workdir=tmp_path / "run", stop=Stop()) == 0
     found = RunDirectory(tmp_path / "run").evaluations()
     assert {(record["step"], record["completions_per_prompt"]) for record in found} >= {(2, 3)}
+
+
+def asked(config, identity, workdir, **options):
+    """Greedy answers of a policy to one prompt."""
+    said = []
+    options = sample.Options(prompt="who are you", temperature=0.0, **options)
+    status = sample.sample(config, identity=identity, workdir=workdir, options=options, lines=(), say=said.append, note=lambda text: None)
+    assert status == 0
+    return said
+
+
+def test_a_preference_group_is_exported_as_a_model_of_its_own(whole, tmp_path):
+    """Its tensors are base + scale · A·B of its adapter, by hand; it answers as that preference group is answered, and the next one otherwise."""
+    config, identity = small_config.config(**ADAPTERS), small_config.identity(**ADAPTERS)
+    with pytest.raises(ValueError, match=r"^each preference group has an adapter of its own: name one by --preference_group, of 0 \(likes aeimquy\), 1 \("):
+        export.export(config, identity=identity, workdir=whole, output=str(tmp_path / "none"), stop=Stop())
+    assert export.export(config, identity=identity, workdir=whole, output=str(tmp_path / "model"), preference_group="2", stop=Stop()) == 0
+    learner = policies.restore(config, identity=identity, run=whole).learner
+    found, base, adapters = weights.load(tmp_path / "model")[1], jax.device_get(learner.frozen), jax.device_get(learner.state.trainable)["layers"]
+    for name, matrix in base["layers"].items():
+        expected = np.float64(matrix)
+        if f"{name}_lora_a" in adapters:
+            a, b = [np.float64(adapters[f"{name}_lora_{letter}"])[:, 2] for letter in "ab"]
+            expected = expected + 16 / 2 * np.stack([(x.reshape(-1, 2) @ y.reshape(2, -1)).reshape(matrix.shape[1:]) for x, y in zip(a, b, strict=True)])
+            assert np.abs(expected - matrix).max() > 1e-3, name
+        np.testing.assert_allclose(found["layers"][name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
+    np.testing.assert_array_equal(found["embedding"], base["embedding"])
+    alone = {"model__path": str(tmp_path / "model")}
+    answers = [asked(config, identity, whole, preference_group=str(p)) for p in range(3)]
+    assert answers[2] == asked(small_config.config(**alone), small_config.identity(**alone), None) and len({str(a) for a in answers}) > 1
+    with pytest.raises(ValueError, match="^each preference group has an adapter of its own: name one"):
+        asked(config, identity, whole)
 
 
 def test_a_run_of_adapters_is_not_that_of_the_model(whole):

@@ -19,6 +19,9 @@ class ChatTokenizer:
         chat_template: Jinja source over `messages` and `add_generation_prompt`.
         names: further names the template may use, "eos_token" and the like.
 
+    Attributes:
+        encoder, control, chat_template, names: as given.
+
     Raises:
         ValueError: the template fails.
     """
@@ -28,15 +31,16 @@ class ChatTokenizer:
         stop_ids: Iterable[int], chat_template: str, names: Mapping[str, str],
     ):  # fmt: skip
         self.vocab_size, self.bos_id, self.eos_id, self.pad_id, self.stop_ids = vocab_size, bos_id, eos_id, pad_id, tuple(sorted(set(stop_ids)))
-        self._encoder, self._control, self._control_ids = encoder, dict(control), frozenset(control.values())
-        longest_first = sorted(self._control, key=len, reverse=True)
+        self.encoder, self.control, self._control_ids = encoder, dict(control), frozenset(control.values())
+        self.chat_template, self.names = chat_template, dict(names)
+        longest_first = sorted(self.control, key=len, reverse=True)
         self._control_pattern = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
         self._template = ChatTemplate(chat_template, names)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of plain text; a written "<|im_end|>" stays letters. Raises ValueError for a lone surrogate."""
         utf8(text)
-        ids = self._encoder.encode(text, add_special_tokens=False).ids
+        ids = self.encoder.encode(text, add_special_tokens=False).ids
         if not self._control_ids.isdisjoint(ids):
             raise ValueError(f"the text {text[:40]!r}... would be encoded as a control token: leave it out")
         return ids
@@ -44,7 +48,7 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, control tokens left out. Raises ValueError for an id outside the vocabulary."""
         check_ids(ids, self.vocab_size)
-        return self._encoder.decode([int(token) for token in ids if int(token) not in self._control_ids])
+        return self.encoder.decode([int(token) for token in ids if int(token) not in self._control_ids])
 
     def render_chat(self, text: str) -> list[int]:
         """Returns the ids of one user message under the chat template, with the generation prompt.
@@ -68,7 +72,7 @@ class ChatTokenizer:
             joined = [*joined[:-1], joined[-1] + message + after[0], *after[1:]]
         ids: list[int] = []
         for number, piece in enumerate(joined):
-            ids += [self._control[piece]] if number % 2 else self.encode(piece)
+            ids += [self.control[piece]] if number % 2 else self.encode(piece)
         return ids
 
 

@@ -1,9 +1,10 @@
-"""A model's `config.json`, as Hugging Face's transformers writes it, as a `ModelConfig`: one function a family.
+"""A model's `config.json`, as Hugging Face's transformers writes it, as a `ModelConfig`: one function a family. And back: `from_model_config`.
 
 Both spellings of the rotary embedding are read, `rope_theta` with `rope_scaling` (before transformers 5) and `rope_parameters`. Keys that may be left
 out have the defaults of transformers' own configurations. What the network does not compute is refused by name rather than computed wrongly.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -170,3 +171,68 @@ def to_model_config(values: Any) -> ModelConfig:
     if name not in ARCHITECTURES:
         raise ValueError(f"architectures is {named!r}, known are {', '.join(ARCHITECTURES)}: choose a model of one of them")
     return ARCHITECTURES[name](_Values(values))
+
+
+# (activation, qkv_bias, qk_norm, post_norms) -> (architecture, its model_type)
+_NAMES = {
+    ("silu", False, False, False): ("LlamaForCausalLM", "llama"),
+    ("silu", True, False, False): ("Qwen2ForCausalLM", "qwen2"),
+    ("silu", False, True, False): ("Qwen3ForCausalLM", "qwen3"),
+    ("gelu_tanh", False, False, False): ("GemmaForCausalLM", "gemma"),
+    ("gelu_tanh", False, False, True): ("Gemma2ForCausalLM", "gemma2"),
+    ("gelu_tanh", False, True, True): ("Gemma3ForCausalLM", "gemma3_text"),
+}
+_SIZES = {
+    "num_layers": "num_hidden_layers", "width": "hidden_size", "mlp_width": "intermediate_size", "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "vocab_size": "vocab_size", "context_length": "max_position_embeddings",
+    "norm_epsilon": "rms_norm_eps", "rope_theta": "rope_theta", "tied_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+
+
+def from_model_config(config: ModelConfig) -> dict[str, Any]:
+    """Returns values of a `config.json` that describe a model, the inverse of `to_model_config`, which reads them back before they are returned.
+
+    The rotary embedding is spelled as before transformers 5, because its versions from then on read that as well.
+
+    Raises:
+        ValueError: no architecture known here describes the model; it says which of the model's values the nearest one can not have.
+    """
+    named = _NAMES.get((config.activation, config.qkv_bias, config.qk_norm, config.post_norms))
+    if named is None:
+        raise ValueError(
+            f"no architecture has activation {config.activation!r}, qkv_bias {config.qkv_bias}, qk_norm {config.qk_norm} and post_norms "
+            f"{config.post_norms} together (known are {', '.join(ARCHITECTURES)}): it can not be written as a Hugging Face directory"
+        )
+    values: dict[str, Any] = {"architectures": [named[0]], "model_type": named[1]}
+    values |= {key: getattr(config, field) for field, key in _SIZES.items()}
+    values |= {"hidden_act": "silu"} if config.activation == "silu" else {"hidden_act": _GELU, "hidden_activation": _GELU}
+    values |= _scaling(config.rope_scaling) | _layers(config)
+    read = dataclasses.asdict(to_model_config(values))
+    if lost := [f"{name} {value!r} (it has {read[name]!r})" for name, value in dataclasses.asdict(config).items() if read[name] != value]:
+        raise ValueError(f"{named[0]}, the nearest architecture, can not have {', '.join(lost)}: it can not be written as a Hugging Face directory")
+    return values
+
+
+def _scaling(rope: RopeScaling | None) -> dict[str, Any]:
+    if rope is None:
+        return {}
+    values = {"rope_type": rope.kind, "factor": rope.factor}
+    if rope.kind == "llama3":
+        values |= {"low_freq_factor": rope.low_factor, "high_freq_factor": rope.high_factor, "original_max_position_embeddings": rope.original_context}
+    return {"rope_scaling": values}
+
+
+def _layers(config: ModelConfig) -> dict[str, Any]:
+    """What layers of several kinds have, and the scales and caps that come with post-norms."""
+    values: dict[str, Any] = {}
+    if any(config.windows):
+        values = {"use_sliding_window": True, "sliding_window": max(config.windows)}
+    if config.windows or config.post_norms:  # where they are not named, transformers counts off which have a window
+        values["layer_types"] = ["sliding_attention" if config.window(layer) else "full_attention" for layer in range(config.num_layers)]
+    if config.post_norms:
+        scalar = config.query_scalar
+        values["query_pre_attn_scalar"] = int(scalar) if scalar is not None and scalar.is_integer() else scalar  # transformers wants whole numbers whole
+        values |= {"attn_logit_softcapping": config.score_soft_cap or None, "final_logit_softcapping": config.logit_soft_cap or None}
+    if config.local_rope_theta is not None:
+        values["rope_local_base_freq"] = config.local_rope_theta
+    return values

@@ -184,6 +184,9 @@ def save(directory: pathlib.Path, config: ModelConfig, params: Any, *, dtype: st
         config: the model's sizes.
         params: parameters in the tree of `parameter_shapes`, on the host or on devices of this process.
         dtype: of `DTYPES`.
+
+    Raises:
+        ValueError: a tensor holds a number that is not finite, or has none in this type.
     """
     places = families.placements(families.hugging_face_rules(config), config)
     files_of: list[dict[str, families.Placement]] = [{}]
@@ -197,14 +200,21 @@ def save(directory: pathlib.Path, config: ModelConfig, params: Any, *, dtype: st
         held += size
     names = [_ONE] if len(files_of) == 1 else [f"model-{n:05d}-of-{len(files_of):05d}.safetensors" for n in range(1, len(files_of) + 1)]
     for file, of in zip(names, files_of, strict=True):
-        safetensors.numpy.save_file({name: _tensor(params, place, dtype) for name, place in of.items()}, directory / file, metadata={"format": "pt"})
+        safetensors.numpy.save_file({name: _tensor(params, name, place, dtype) for name, place in of.items()}, directory / file, metadata={"format": "pt"})
     if len(files_of) > 1:
         total = sum(int(np.prod(place.source_shape)) for place in places.values()) * DTYPES[dtype].itemsize
         weight_map = {name: file for file, of in zip(names, files_of, strict=True) for name in of}
         (directory / _INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
 
 
-def _tensor(params: Any, place: families.Placement, dtype: str) -> np.ndarray:
+def _tensor(params: Any, name: str, place: families.Placement, dtype: str) -> np.ndarray:
     array = leaf(params, place.rule.path)
     array = np.asarray(array if place.layer is None else array[place.layer])
-    return np.ascontiguousarray(families.from_parameter(array, place).astype(DTYPES[dtype]))
+    with np.errstate(over="ignore"):  # it is looked for below
+        written = np.ascontiguousarray(families.from_parameter(array, place).astype(DTYPES[dtype]))
+    if not np.isfinite(written).all():
+        raise ValueError(
+            f"tensor {name!r} reaches to {np.abs(array).max():g}, the largest finite {dtype} is {ml_dtypes.finfo(DTYPES[dtype]).max:g}: "
+            "write it as float32, or bfloat16; where that is not finite either the policy is damaged"
+        )
+    return written

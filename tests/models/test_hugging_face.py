@@ -1,5 +1,6 @@
 """`config.json` of published models, as their authors wrote them: the sizes by hand, and the number of parameters that each is known to have."""
 
+import dataclasses
 import json
 import math
 
@@ -134,6 +135,51 @@ def test_what_is_not_computed_is_refused(changes, message):
 def test_what_gemma_3_does_not_have_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         hugging_face.to_model_config({**GEMMA_3_1B, **changes})
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_configurations_are_written_as_their_authors_wrote_them(name):
+    """Every key that is written is theirs, or in transformers at the same value where they left it out."""
+    published = {"rope_scaling": None, **globals()[name]}
+    written = hugging_face.from_model_config(hugging_face.to_model_config(published))
+    assert hugging_face.to_model_config(json.loads(json.dumps(written))) == hugging_face.to_model_config(published)
+    left_out = {
+        "head_dim": 128 if name == "QWQ_32B" else 64, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh", "use_sliding_window": True,
+        "layer_types": written.get("layer_types"),
+    }  # fmt: skip
+    spelled = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"} if name == "GEMMA_2B" else {}
+    assert written == {key: spelled.get(key, published.get(key, left_out.get(key))) for key in written}
+    assert {"architectures", "model_type", "hidden_size", "rope_theta", "rms_norm_eps"} <= written.keys()
+
+
+@pytest.mark.parametrize(
+    "base, windows",
+    [(GEMMA_3_1B, (512, 0) * 13), (GEMMA_2_2B, (0, 4096) * 13), (GEMMA_2_2B, ()), (QWEN_3_1_7B, (0,) * 5 + (7,) * 23), (QWEN_2_5_HALF_B, (9,) * 24)],
+)
+def test_layers_with_a_window_are_named_one_by_one(base, windows):
+    config = dataclasses.replace(hugging_face.to_model_config(base), windows=windows)
+    written = hugging_face.from_model_config(config)
+    assert written["layer_types"] == ["sliding_attention" if window else "full_attention" for window in windows or (0,) * 26]
+    assert written.get("sliding_window", 0) == max(windows, default=0) and hugging_face.to_model_config(written) == config
+
+
+@pytest.mark.parametrize(
+    "base, changes, message",
+    [
+        (LLAMA_3_2_1B, dict(windows=(4,) + (0,) * 15), r"LlamaForCausalLM, the nearest architecture, can not have windows \(4, 0, .* \(it has \(\)\)"),
+        (LLAMA_3_2_1B, dict(logit_soft_cap=30.0, norm_offset=1.0), r"can not have norm_offset 1.0 \(it has 0.0\), logit_soft_cap 30.0 \(it has 0.0\)"),
+        (LLAMA_3_2_1B, dict(activation="gelu_tanh"), "GemmaForCausalLM, .*can not have norm_offset 0.0"),
+        (LLAMA_3_2_1B, dict(qkv_bias=True, qk_norm=True), "no architecture has activation 'silu', qkv_bias True, qk_norm True and post_norms False"),
+        (QWEN_3_1_7B, dict(windows=(4, 5) + (0,) * 26), r"can not have windows \(4, 5, 0"),
+        (GEMMA_2_2B, dict(query_scalar=None), r"can not have query_scalar None \(it has 256.0\)"),
+        (GEMMA_3_1B, dict(logit_soft_cap=30.0), "final_logit_softcapping is 30.0"),
+        (GEMMA_3_1B, dict(local_rope_theta=None), "can not have local_rope_theta None"),
+    ],
+)
+def test_a_model_that_no_architecture_describes_is_not_written(base, changes, message):
+    config = dataclasses.replace(hugging_face.to_model_config(base), **changes)
+    with pytest.raises(ValueError, match=message):
+        hugging_face.from_model_config(config)
 
 
 @pytest.mark.parametrize("text, message", [("", "Expecting value"), ("[]", "architectures is None"), ("[" * 100000, "recursion")])

@@ -10,7 +10,8 @@ import pytest
 
 from pgrpo_jax.generation import engine
 from pgrpo_jax.generation.sampler import Support
-from pgrpo_jax.models import families, hugging_face, hugging_face_tokenizer, safetensors_weights, transformer, weights
+from pgrpo_jax.models import families, hugging_face, hugging_face_files, hugging_face_tokenizer, safetensors_weights, transformer, weights
+from pgrpo_jax.models import tokenizer as tokenizers
 from pgrpo_jax.models.parameters import leaf
 
 pytestmark = pytest.mark.parity
@@ -172,6 +173,22 @@ def test_configurations_of_before_transformers_5_are_read(pair):
     assert dataclasses.asdict(expected)["rope_theta"] == values["rope_theta"]
 
 
+def test_a_configuration_that_is_written_is_their_model(pair, tmp_path):
+    """Without their config.json: the logits of our configuration, read by them, to the bit."""
+    import torch
+    import transformers
+
+    theirs, directory = pair
+    model, params = ours(directory)
+    safetensors_weights.save(tmp_path, model.config, params)
+    (tmp_path / "config.json").write_text(json.dumps(hugging_face.from_model_config(model.config)))
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert type(back) is type(theirs)
+    tokens = torch.tensor(text(model), dtype=torch.long)
+    with torch.no_grad():
+        assert torch.equal(back(tokens).logits, theirs(tokens).logits)
+
+
 TEXTS = [
     "The capital of France is", "Grüße, 世界! 👩‍👩‍👧 ½ ١٢٣ e\u0301 \u202e", "def f(x):\n    return {'a': [x ** 2, 0x1F]}  # why?\n", "2026-11-22 3.14159 1e-5 007",
     "it's we'll I'M", "", " ", "\n\n\t  x", "a" * 300, "<tool> <|im_end", "user\nassistant",
@@ -190,3 +207,34 @@ def test_tokenizer(tmp_path):
         assert found.encode(text) == theirs.encode(text, add_special_tokens=False)
         chat = theirs.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
         assert found.render_chat(text) == theirs.encode(chat, add_special_tokens=False)
+
+
+CHATS = ["Hi there!", "  user\n", "Grüße, 世界! 👩‍👩‍👧 ½", "2026-11-22 3.14", "a\x04b", "it's we'll", "im_end|>"]
+
+
+@pytest.mark.parametrize("source", ["smollm2", "bytes"])
+def test_a_tokenizer_that_is_written(source, tmp_path):
+    """Of a GGUF file, and the byte tokenizer: ids, chats and texts in transformers and back in here."""
+    import transformers
+
+    given = tokenizers.ByteTokenizer() if source == "bytes" else tokenizers.load(".assets/smollm2-135m")
+    config = weights.read_config(".assets/smollm2-135m")
+    hugging_face_files.write(tmp_path, dataclasses.replace(config, vocab_size=given.vocab_size), given, dtype="float32")
+    hugging_face_files.write_generation_config(tmp_path, given, temperature=0.7, top_k=5, top_p=0.9)
+    theirs, back = transformers.AutoTokenizer.from_pretrained(tmp_path), hugging_face_tokenizer.load(tmp_path)
+    assert len(theirs) == given.vocab_size
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (given.bos_id, given.eos_id, given.pad_id)
+    for name in ("vocab_size", "bos_id", "eos_id", "pad_id", "stop_ids"):
+        assert getattr(back, name) == getattr(given, name)
+    for text in TEXTS + CHATS:
+        assert theirs.encode(text, add_special_tokens=False) == back.encode(text) == given.encode(text)
+        assert theirs.decode(given.encode(text)) == back.decode(given.encode(text)) == given.decode(given.encode(text))
+    for text in CHATS:
+        chat = [{"role": "user", "content": text}]
+        found = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert found == back.render_chat(text) == given.render_chat(text)
+    ids = np.random.default_rng(0).integers(0, given.vocab_size, 500).tolist()  # broken UTF-8, control tokens
+    assert theirs.decode(ids, skip_special_tokens=True) == back.decode(ids) == given.decode(ids)
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert (generation.do_sample, generation.temperature, generation.top_k, generation.top_p) == (True, 0.7, 5, 0.9)
+    assert (generation.eos_token_id, generation.pad_token_id) == (list(given.stop_ids), given.pad_id)

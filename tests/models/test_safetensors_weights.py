@@ -252,3 +252,17 @@ def test_a_damaged_file_is_a_model_or_a_value_error(tmp_path_factory, changes):
     except ValueError:
         return
     assert params["embedding"].shape == (V, D)
+
+
+def test_a_number_that_a_type_does_not_have_is_refused(tmp_path):
+    config, params = weights.load(write(tmp_path / "model", tensors()))
+    params["layers"]["up"][1, 2, 3] = 70000.0
+    (tmp_path / "out").mkdir()
+    for dtype in ("float32", "bfloat16"):
+        safetensors_weights.save(tmp_path / "out", config, params, dtype=dtype)
+    message = "tensor 'model.layers.1.mlp.up_proj.weight' reaches to 70000, the largest finite float16 is 65504: write it as float32, or bfloat16"
+    with pytest.raises(ValueError, match=message):
+        safetensors_weights.save(tmp_path / "out", config, params, dtype="float16")
+    params["final_norm"][0] = np.nan
+    with pytest.raises(ValueError, match="tensor 'model.norm.weight' reaches to nan"):
+        safetensors_weights.save(tmp_path / "out", config, params)
