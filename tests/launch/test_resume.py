@@ -87,7 +87,7 @@ STALENESS = [(1, 1), (1, 2), (4, 8)]
 PHASES = {  # moment, count of signal_at.py; an evaluation is 2 rollouts, a step is 2 more
     "imports": ("import:optax", 0),
     "loading": ("before:pgrpo_jax.assembly:load_base", 1),
-    "compiling": ("during:pgrpo_jax.models.transformer:prefill", 1),
+    "compiling": ("during:pgrpo_jax.generation.decoding:prefill", 1),
     "evaluation before": ("before:pgrpo_jax.actor:Actor.rollout", 2),
     "generation": ("after:pgrpo_jax.actor:Actor.rollout", 2 + 2 * 3 + 1),
     "update": ("before:pgrpo_jax.learner:update", 5),
