@@ -27,3 +27,11 @@ def few_compiled_programs():
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests measured: their property "measured", of those that passed and of those that failed."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties if getattr(report, "when", None) == "call" else ():
+            if name == "measured":
+                terminalreporter.write_line(value)
