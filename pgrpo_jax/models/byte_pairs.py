@@ -10,6 +10,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from pgrpo_jax.models.gguf_vocabulary import BYTE, NORMAL, USER_DEFINED, Vocabulary
 
 _SPACE = "\u2581"  # how SentencePiece spells a space
+_MOST_LETTERS = 512  # of a token with a score, of which every cut is looked at
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _BYTE_LEVEL = frozenset(pre_tokenizers.ByteLevel.alphabet())
 
@@ -88,7 +89,7 @@ def sentencepiece(vocabulary: Vocabulary, *, scores: Sequence[float], space_pref
         space_prefix: the space that the caller puts before a text is taken off again in decoding.
 
     Raises:
-        ValueError: the scores are not those of the vocabulary, or a byte has no token.
+        ValueError: the scores are not those of the vocabulary, a token is too long, or a byte has no token.
     """
     if len(scores) != len(vocabulary.tokens) or not all(map(math.isfinite, scores)):
         raise ValueError(f"{len(vocabulary.tokens)} tokens have {len(scores)} scores, each must have one, and a finite one: the file is damaged")
@@ -96,6 +97,8 @@ def sentencepiece(vocabulary: Vocabulary, *, scores: Sequence[float], space_pref
     if single.keys() != set(_BYTES):
         absent = next((name for name in _BYTES if name not in single), "none")
         raise ValueError(f"{len(single)} byte tokens, must be {_BYTES[0]} to {_BYTES[-1]} (absent: {absent}): without one, some text could not be encoded")
+    if (longest := max(map(len, normal), default=0)) > _MOST_LETTERS:
+        raise ValueError(f"a token has {longest} letters, at most {_MOST_LETTERS}: the file is damaged")
     merges = _merges({text: scores[token] for text, token in normal.items()})
     encoder = tokenizers.Tokenizer(models.BPE(vocab=normal | whole | single, merges=merges, byte_fallback=True))
     encoder.normalizer = normalizers.Replace(" ", _SPACE)

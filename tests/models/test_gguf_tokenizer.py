@@ -93,6 +93,18 @@ def test_no_text_becomes_a_token_that_is_not_for_texts(text):
     assert [token for token in found.render_chat(text) if token <= 4] == [2, 1]
 
 
+def test_user_defined_spaces_are_found_however_a_file_spells_them():
+    table = [(text.replace(" ", SPACE) if kind == USER_DEFINED else text, kind, score) for text, kind, score in rows()]
+    assert small(table).encode("th     the  ") == small(rows()).encode("th     the  ")
+    assert small(table).decode(small(table).encode("th     the  ")) == "th     the  "
+
+
+def test_a_template_may_place_a_token_that_was_not_used_so_far():
+    table = rows()
+    found = small(table, template="<bos>[PAD4]{{ messages[0]['content'] }}")
+    assert spelled(table, found.render_chat("then")) == ["<bos>", "[PAD4]", "then"]
+
+
 def test_space_before_the_first_word():
     table = rows()
     found = small(table, space_prefix=True)
@@ -132,6 +144,7 @@ def test_a_base_model_encodes_and_decodes_but_has_no_chat():
         ({"table": [*rows(), ("<0x100>", BYTE, 0.0)]}, r"257 byte tokens.*\(absent: none\)"),
         ({"table": [*rows(), ("x", 7, 0.0)]}, r"token types, among them \[1, 2, 3, 4, 5, 6, 7\], each must be one of 1 \(normal\), 2 \(unknown\)"),
         ({"table": [*rows(), ("the", USER_DEFINED, 0.0)]}, "distinct texts, all must differ"),
+        ({"table": [*rows(), ("the" * 171, NORMAL, 0.0)]}, "a token has 513 letters, at most 512"),
         ({"special_ids": {"bos": 2}}, "there is no eos token"),
         ({"special_ids": {"eos": -1}}, r"eos token is -1, must be an id in \[0, "),
     ],
@@ -194,6 +207,23 @@ def test_what_ends_a_turn_is_control_whatever_a_file_calls_it(tmp_path):
 def test_files_that_contradict_themselves_are_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=rf"tokenizer of .*m.gguf: .*{message}"):
         tokenizer.load(write(tmp_path / "m.gguf", rows(), **changes))
+
+
+def test_random_damage_is_refused_or_leaves_a_tokenizer(tmp_path):
+    path, rng, loaded = write(tmp_path / "m.gguf", rows()), np.random.default_rng(7), 0
+    content = path.read_bytes()
+    for _ in range(400):
+        damaged = bytearray(content)
+        for position in rng.integers(0, len(content), rng.integers(1, 4)):
+            damaged[position] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            found = tokenizer.load(path)
+            found.decode(found.encode("then the\n<tag>"))
+            loaded += 1
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+    assert 0 < loaded < 400
 
 
 def byte_level(pre_tokenizer, *more):
