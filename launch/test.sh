@@ -2,19 +2,19 @@
 # The tests: set-up with the development extras, model and data, pytest. Flags go to pytest:
 #   [PYTHON=python3] ./launch/test.sh [tests/algorithms -k history ...]     everything but the tests marked "faults" or "parity", two files at a time
 #   ./launch/test.sh --faults [...]                                         only those: they kill processes and take minutes, one at a time
-#   ./launch/test.sh --parity [...]                                         only those against torch and transformers, which it installs (1 GB)
+#   ./launch/test.sh --parity [...]                                         only those against torch and transformers, which it installs (1 GB), Gemma 3 among them (0.3 GB)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/setup_venv.sh
 source launch/setup_venv.sh
 
 # A crashed worker ends the run: its successor would wait for ever (pytest-xdist #1323). A test that is stuck shows where, and its worker ends.
-extra=dev selection=(-m "not faults and not parity" --numprocesses=2 --dist=loadfile --max-worker-restart=0 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true)
+extra=dev also=() selection=(-m "not faults and not parity" --numprocesses=2 --dist=loadfile --max-worker-restart=0 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true)
 case "${1:-}" in
   --faults) selection=(-m faults) && shift ;;
-  --parity) extra=parity selection=(-m parity) && shift ;;
+  --parity) extra=parity also=(--gemma) selection=(-m parity) && shift ;;
   *) echo "left out: tests that kill processes (--faults), tests against torch and transformers (--parity)" ;;
 esac
 setup_venv "$extra"
-run .venv/bin/python launch/fetch_assets.py
+run .venv/bin/python launch/fetch_assets.py "${also[@]}"
 exec .venv/bin/python -m pytest "${selection[@]}" "$@"

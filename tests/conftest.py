@@ -34,3 +34,11 @@ def lenient():
     """Lets dtypes be promoted: optax does so implicitly."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests measured: their property "measured", of those that passed and of those that failed."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties if getattr(report, "when", None) == "call" else ():
+            if name == "measured":
+                terminalreporter.write_line(value)

@@ -14,6 +14,7 @@ import small_config
 from pgrpo_jax import assembly, export, policies
 from pgrpo_jax.models import hugging_face, tokenizer, weights
 from pgrpo_jax.models.gguf_tokenizer import byte_level_bpe
+from pgrpo_jax.models.gguf_vocabulary import CONTROL, NORMAL, Vocabulary
 from pgrpo_jax.preemption import EXIT_PREEMPTED, Stop
 from pgrpo_jax.train import train
 from tests.models.test_hugging_face_tokenizer import write as write_tokenizer
@@ -189,9 +190,8 @@ def test_of_a_gguf_file_and_back(tied, tmp_path):
 def test_a_model_that_no_architecture_describes_is_refused_by_name(tmp_path):
     write_tiny(tmp_path / "tiny.gguf", tiny_tensors(TINY), TINY)
     config, params = weights.load(tmp_path / "tiny.gguf")
-    given = byte_level_bpe(
-        tokens=TOKENS, control_ids=[4, 5], merges=[("a", "b")], pre_tokenizer="smollm", chat_template="<s>{{ messages[0].content }}", special_ids={"eos": 4}
-    )
+    vocabulary = Vocabulary(TOKENS, [CONTROL if token in (4, 5) else NORMAL for token in range(len(TOKENS))], {"eos": 4})
+    given = byte_level_bpe(vocabulary, merges=[("a", "b")], pre_tokenizer="smollm", chat_template="<s>{{ messages[0].content }}")
     with pytest.raises(ValueError, match=r"LlamaForCausalLM, the nearest architecture, can not have logit_soft_cap 5.0 \(it has 0.0\)"):
         export.write(tmp_path, of_model("", dataclasses.replace(config, logit_soft_cap=5.0), given), params, dtype="float32")
 

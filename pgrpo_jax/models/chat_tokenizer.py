@@ -16,11 +16,12 @@ class ChatTokenizer:
         control: text -> id of the tokens that only a template may place.
         vocab_size: V.
         bos_id, eos_id, pad_id, stop_ids: as `Tokenizer`.
-        chat_template: Jinja source over `messages` and `add_generation_prompt`.
+        chat_template: Jinja source over `messages` and `add_generation_prompt`; None = the model has none, and no chat is rendered.
         names: further names the template may use, "eos_token" and the like.
+        prefix: is put before every text that is encoded; decoding takes it off again.
 
     Attributes:
-        encoder, control, chat_template, names: as given.
+        encoder, control, chat_template, names, prefix: as given.
 
     Raises:
         ValueError: the template fails.
@@ -28,19 +29,19 @@ class ChatTokenizer:
 
     def __init__(
         self, encoder: tokenizers.Tokenizer, control: Mapping[str, int], *, vocab_size: int, bos_id: int | None, eos_id: int, pad_id: int,
-        stop_ids: Iterable[int], chat_template: str, names: Mapping[str, str],
+        stop_ids: Iterable[int], chat_template: str | None, names: Mapping[str, str], prefix: str = "",
     ):  # fmt: skip
         self.vocab_size, self.bos_id, self.eos_id, self.pad_id, self.stop_ids = vocab_size, bos_id, eos_id, pad_id, tuple(sorted(set(stop_ids)))
         self.encoder, self.control, self._control_ids = encoder, dict(control), frozenset(control.values())
         self.chat_template, self.names = chat_template, dict(names)
         longest_first = sorted(self.control, key=len, reverse=True)
         self._control_pattern = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
-        self._template = ChatTemplate(chat_template, names)
+        self._template, self.prefix = None if chat_template is None else ChatTemplate(chat_template, names), prefix
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of plain text; a written "<|im_end|>" stays letters. Raises ValueError for a lone surrogate."""
         utf8(text)
-        ids = self.encoder.encode(text, add_special_tokens=False).ids
+        ids = self.encoder.encode(self.prefix + text, add_special_tokens=False).ids if text else []
         if not self._control_ids.isdisjoint(ids):
             raise ValueError(f"the text {text[:40]!r}... would be encoded as a control token: leave it out")
         return ids
@@ -63,8 +64,10 @@ class ChatTokenizer:
             Token ids.
 
         Raises:
-            ValueError: the template fails on this text, or changes it in another way than trimming it.
+            ValueError: the template fails on this text, or changes it in another way than trimming it; or there is none.
         """
+        if self._template is None:
+            raise ValueError("this is a base model, its files hold no chat template: choose its instruction-tuned version, often named -it or -Instruct")
         written, message = self._template.around(text)
         pieces = [self._control_pattern.split(part) for part in written]  # plain, control, plain, ...
         joined = pieces[0]

@@ -1,4 +1,4 @@
-"""The sizes and constants of a model, as the network reads them; families.py finds them in a model's files."""
+"""The sizes and constants of a model, as the network reads them; hugging_face.py and gguf_families.py find them in a model's files."""
 
 import dataclasses
 import math

@@ -1,10 +1,10 @@
-"""Where model files keep each parameter, as data: which tensor becomes which parameter, and which metadata key of a GGUF file holds which size.
+"""Where model files keep each parameter, as data: which tensor becomes which parameter.
 
-Adding a family means adding a table here, or a function in hugging_face.py; loaders and the network read them and stay as they are.
+Adding a family means adding a table in gguf_families.py, or a function in hugging_face.py; loaders and the network read them and stay as they are.
 """
 
 import math
-from typing import Any, Mapping, NamedTuple, Sequence
+from typing import Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -23,6 +23,7 @@ class TensorRule(NamedTuple):
         interleaved: True where the rows of each head are ordered for RoPE over neighbouring pairs (0, 1), (2, 3), ...;
             the transformer rotates halves, (0, Dh/2), (1, Dh/2 + 1), ....
         flat: True where the file holds the parameter's axes (without the layer axis) as one.
+        shift: what the file's numbers have more than the parameter's.
     """
 
     source: str
@@ -30,74 +31,7 @@ class TensorRule(NamedTuple):
     input_axes: int = 0
     interleaved: bool = False
     flat: bool = False
-
-
-class Family(NamedTuple):
-    """One architecture of GGUF files.
-
-    Attributes:
-        name: its `general.architecture`, also the prefix of its metadata keys.
-        metadata: field of `ModelConfig` -> metadata key, without the prefix.
-        tensors: one rule for each parameter.
-        unsupported: metadata keys that change the network in a way the transformer does not compute -> the value that
-            switches them off; a file with any other value is refused rather than computed wrongly.
-    """
-
-    name: str
-    metadata: Mapping[str, str]
-    tensors: tuple[TensorRule, ...]
-    unsupported: Mapping[str, Any]
-
-
-LLAMA = Family(
-    name="llama",
-    metadata={
-        "num_layers": "block_count",
-        "width": "embedding_length",
-        "mlp_width": "feed_forward_length",
-        "num_heads": "attention.head_count",
-        "num_kv_heads": "attention.head_count_kv",
-        "head_dim": "attention.key_length",
-        "vocab_size": "vocab_size",
-        "context_length": "context_length",
-        "rope_theta": "rope.freq_base",
-        "norm_epsilon": "attention.layer_norm_rms_epsilon",
-    },
-    tensors=(
-        TensorRule("token_embd.weight", ("embedding",)),
-        TensorRule("output_norm.weight", ("final_norm",)),
-        TensorRule("output.weight", ("head",), input_axes=1),
-        TensorRule("blk.{layer}.attn_norm.weight", ("layers", "attention_norm")),
-        TensorRule("blk.{layer}.attn_q.weight", ("layers", "query"), input_axes=1, interleaved=True),
-        TensorRule("blk.{layer}.attn_k.weight", ("layers", "key"), input_axes=1, interleaved=True),
-        TensorRule("blk.{layer}.attn_v.weight", ("layers", "value"), input_axes=1),
-        TensorRule("blk.{layer}.attn_output.weight", ("layers", "output"), input_axes=2),
-        TensorRule("blk.{layer}.ffn_norm.weight", ("layers", "mlp_norm")),
-        TensorRule("blk.{layer}.ffn_gate.weight", ("layers", "gate"), input_axes=1),
-        TensorRule("blk.{layer}.ffn_up.weight", ("layers", "up"), input_axes=1),
-        TensorRule("blk.{layer}.ffn_down.weight", ("layers", "down"), input_axes=1),
-    ),
-    unsupported={"rope.scaling.type": "none", "rope.scale_linear": 1.0, "expert_count": 0, "attention.sliding_window": 0},
-)
-
-FAMILIES = {"llama": LLAMA}
-
-
-def family(architecture: Any) -> Family:
-    """Returns the family of an architecture's name.
-
-    Args:
-        architecture: a model file's `general.architecture`.
-
-    Returns:
-        Its table.
-
-    Raises:
-        ValueError: the architecture is not known.
-    """
-    if not isinstance(architecture, str) or architecture not in FAMILIES:
-        raise ValueError(f"architecture is {architecture!r}, known are {', '.join(sorted(FAMILIES))}: choose a model of a known family")
-    return FAMILIES[architecture]
+    shift: float = 0.0
 
 
 class Placement(NamedTuple):
@@ -186,8 +120,10 @@ def to_parameter(array: np.ndarray, place: Placement) -> np.ndarray:
         place: the tensor's placement.
 
     Returns:
-        The same values as an array of `place.shape` (a view where it can be).
+        The same values, less the rule's shift, as an array of `place.shape` (a view where it can be).
     """
+    if place.rule.shift:
+        array = array - np.asarray(place.rule.shift, array.dtype)
     if place.rule.interleaved:
         heads = place.shape[1]
         pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, array.shape[1])
@@ -197,11 +133,12 @@ def to_parameter(array: np.ndarray, place: Placement) -> np.ndarray:
 
 def from_parameter(array: np.ndarray, place: Placement) -> np.ndarray:
     """Returns a parameter [place.shape] as a file holds it, [place.source_shape]; the inverse of `to_parameter`."""
-    if not place.rule.input_axes:
-        return array.reshape(place.source_shape)
-    array = array.reshape(place.source_shape[::-1]).T
+    if place.rule.input_axes:
+        array = array.reshape(place.source_shape[::-1]).T
     if place.rule.interleaved:
         heads = place.shape[1]
         halves = array.reshape(heads, 2, array.shape[0] // heads // 2, array.shape[1])
         array = halves.swapaxes(1, 2).reshape(array.shape)
-    return array
+    if place.rule.shift:
+        array = array + np.asarray(place.rule.shift, array.dtype)
+    return array.reshape(place.source_shape)

@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file carries: byte-level byte-pair encoding."""
+"""The tokenizer that a GGUF file carries: byte-level byte-pair encoding ("gpt2"), or SentencePiece's ("llama", which Gemma's is too)."""
 
 import pathlib
 from typing import Any, Mapping, Sequence
@@ -6,17 +6,9 @@ from typing import Any, Mapping, Sequence
 import numpy as np
 import tokenizers
 
-from pgrpo_jax.models import gguf_header
+from pgrpo_jax.models import byte_pairs, gguf_header, gguf_vocabulary
 from pgrpo_jax.models.chat_tokenizer import ChatTokenizer
-
-_NORMAL, _CONTROL = 1, 3  # tokenizer.ggml.token_type
-# how text is cut before the merges; llama.cpp's names
-_PRE_TOKENIZERS = {
-    "smollm": (
-        tokenizers.pre_tokenizers.Digits(individual_digits=True),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    )
-}
+from pgrpo_jax.models.gguf_vocabulary import PREFIX, Vocabulary
 
 
 def load(file: pathlib.Path) -> ChatTokenizer:
@@ -26,7 +18,7 @@ def load(file: pathlib.Path) -> ChatTokenizer:
         file: a GGUF file.
 
     Returns:
-        The tokenizer.
+        The tokenizer; of a base model, which has no chat template, one that encodes and decodes but refuses to render chats.
 
     Raises:
         ValueError: the file is damaged, or its tokenizer is of a kind not known here.
@@ -38,22 +30,12 @@ def load(file: pathlib.Path) -> ChatTokenizer:
         raise ValueError(f"tokenizer of {file}: {error}") from None
 
 
-def byte_level_bpe(
-    *, tokens: Sequence[str], control_ids: Sequence[int], merges: Sequence[tuple[str, str]], pre_tokenizer: str, chat_template: str,
-    special_ids: Mapping[str, int],
-) -> ChatTokenizer:  # fmt: skip
-    """Builds a tokenizer and checks its template by rendering one message.
-
-    Bytes that the vocabulary has no token for are left out, as the models' own tokenizers do (SmolLM2: six control
-    characters, and the first byte of planes that Unicode has not assigned).
+def byte_level_bpe(vocabulary: Vocabulary, *, merges: Sequence[tuple[str, str]], pre_tokenizer: str, chat_template: str | None) -> ChatTokenizer:
+    """Builds a tokenizer around `byte_pairs.byte_level` and checks its template by rendering one message.
 
     Args:
-        tokens: V distinct texts in the byte-level alphabet, by id.
-        control_ids: the ids that only a template may place.
-        merges: pairs of tokens, the first merge first.
-        pre_tokenizer: a key of the pre-tokenizers known here.
-        chat_template: Jinja source over `messages` and `add_generation_prompt`.
-        special_ids: "eos" and, where the model has them, "bos", "pad", "unknown", "eot" -> id.
+        vocabulary, merges, pre_tokenizer: as there.
+        chat_template: Jinja source over `messages` and `add_generation_prompt`; None = there is none.
 
     Returns:
         The tokenizer.
@@ -61,62 +43,64 @@ def byte_level_bpe(
     Raises:
         ValueError: an argument contradicts another, or the template fails.
     """
-    _check_vocabulary(tokens, control_ids, merges, special_ids)
-    if pre_tokenizer not in _PRE_TOKENIZERS:
-        raise ValueError(f"pre-tokenizer is {pre_tokenizer!r}, known are {', '.join(sorted(_PRE_TOKENIZERS))}: choose such a model")
-    control = {tokens[token]: token for token in control_ids}
-    # control tokens are not in the encoder's vocabulary: no text can be encoded as one
-    vocabulary = {text: token for token, text in enumerate(tokens) if text not in control}
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=list(merges)))
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(list(_PRE_TOKENIZERS[pre_tokenizer]))
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    eos = special_ids["eos"]
+    vocabulary.check()
+    return _tokenizer(byte_pairs.byte_level(vocabulary, merges=merges, pre_tokenizer=pre_tokenizer), vocabulary, chat_template)
+
+
+def sentencepiece_bpe(vocabulary: Vocabulary, *, scores: Sequence[float], space_prefix: bool, chat_template: str | None) -> ChatTokenizer:
+    """Builds a tokenizer around `byte_pairs.sentencepiece` and checks its template by rendering one message.
+
+    Args:
+        vocabulary, scores: as there.
+        space_prefix: a space is put before every text, so that a word is the same token at its beginning as elsewhere.
+        chat_template: as `byte_level_bpe`.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: as `byte_level_bpe`.
+    """
+    vocabulary.check()
+    encoder = byte_pairs.sentencepiece(vocabulary, scores=scores, space_prefix=space_prefix)
+    return _tokenizer(encoder, vocabulary, chat_template, prefix=" " if space_prefix else "")
+
+
+def _tokenizer(encoder: tokenizers.Tokenizer, vocabulary: Vocabulary, chat_template: str | None, *, prefix: str = "") -> ChatTokenizer:
+    tokens, special = vocabulary.tokens, vocabulary.special_ids
+    eos = special["eos"]
     return ChatTokenizer(
-        bpe, control, vocab_size=len(tokens), bos_id=special_ids.get("bos"), eos_id=eos, pad_id=special_ids.get("pad", eos),
-        stop_ids={eos, special_ids.get("eot", eos)}, chat_template=chat_template,
-        names={f"{name}_token": tokens[token] for name, token in special_ids.items()},
+        encoder, vocabulary.control(), vocab_size=len(tokens), bos_id=special.get("bos"), eos_id=eos, pad_id=special.get("pad", eos),
+        stop_ids={eos, special.get("eot", eos)}, chat_template=chat_template, names={f"{name}_token": tokens[token] for name, token in special.items()},
+        prefix=prefix,
     )  # fmt: skip
 
 
 def _from_metadata(metadata: Mapping[str, Any]) -> ChatTokenizer:
-    prefix = "tokenizer.ggml."
-    if (model := metadata.get(prefix + "model")) != "gpt2":
-        raise ValueError(f"model is {model!r}, known is 'gpt2' (byte-level BPE): choose such a model")
-    tokens, merges, template = metadata.get(prefix + "tokens"), metadata.get(prefix + "merges"), metadata.get("tokenizer.chat_template")
-    if not (isinstance(tokens, list) and isinstance(merges, list) and isinstance(template, str)):
-        raise ValueError("tokens, merges (lists of texts) or chat template (text) are missing: choose a chat model with its tokenizer")
-    kinds = np.ravel(metadata.get(prefix + "token_type", ())).tolist()
-    if len(kinds) != len(tokens) or not set(kinds) <= {_NORMAL, _CONTROL}:
-        raise ValueError(
-            f"{len(tokens)} tokens have {len(kinds)} token types {list(set(kinds))[:8]}, each must be {_NORMAL} (normal) or "
-            f"{_CONTROL} (control): choose such a model"
-        )
+    model, template = metadata.get(PREFIX + "model"), metadata.get("tokenizer.chat_template")
+    if model not in ("gpt2", "llama"):
+        raise ValueError(f"model is {model!r}, known are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE): choose such a model")
+    if template is not None and not isinstance(template, str):
+        raise ValueError("the chat template is no text: the file is damaged")
+    vocabulary = gguf_vocabulary.read(metadata)
+    if model == "gpt2":
+        return byte_level_bpe(vocabulary, merges=_merges(metadata), pre_tokenizer=str(metadata.get(PREFIX + "pre")), chat_template=template)
+    flags = {name: metadata.get(PREFIX + name, usual) for name, usual in {"add_space_prefix": True, "remove_extra_whitespaces": False}.items()}
+    if wrong := [name for name, flag in flags.items() if type(flag) is not bool]:
+        raise ValueError(f"{wrong[0]} is {flags[wrong[0]]!r}, must be True or False")
+    if flags["remove_extra_whitespaces"]:
+        raise ValueError("remove_extra_whitespaces is True, must be False or absent: text would not come back as it was")
+    scores = metadata.get(PREFIX + "scores")
+    if not isinstance(scores, np.ndarray):
+        raise ValueError("scores (a list of numbers) are missing: choose a model with its tokenizer")
+    return sentencepiece_bpe(vocabulary, scores=scores.tolist(), space_prefix=flags["add_space_prefix"], chat_template=template)
+
+
+def _merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    merges = metadata.get(PREFIX + "merges")
+    if not isinstance(merges, list):
+        raise ValueError("merges (a list of texts) are missing: choose a model with its tokenizer")
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if wrong := [" ".join(pair) for pair in pairs if len(pair) != 2]:
         raise ValueError(f"merge {wrong[0]!r} must be two tokens with one space between: the file is damaged")
-    keys = {"eos": "eos_token_id", "bos": "bos_token_id", "pad": "padding_token_id", "unknown": "unknown_token_id", "eot": "eot_token_id"}
-    return byte_level_bpe(
-        tokens=tokens,
-        control_ids=[token for token, kind in enumerate(kinds) if kind == _CONTROL],
-        merges=pairs,
-        pre_tokenizer=str(metadata.get(prefix + "pre")),
-        chat_template=template,
-        special_ids={name: metadata[prefix + key] for name, key in keys.items() if prefix + key in metadata},
-    )
-
-
-def _check_vocabulary(
-    tokens: Sequence[str], control_ids: Sequence[int], merges: Sequence[tuple[str, str]], special_ids: Mapping[str, int]
-) -> None:
-    """Finds what the tokenizers library would answer with a bare Exception, or with silence."""
-    if len(set(tokens)) != len(tokens) or "" in tokens:
-        raise ValueError(f"{len(tokens)} tokens hold {len(set(tokens) - {''})} distinct texts, all must differ and none be empty")
-    normal = set(tokens).difference(tokens[token] for token in control_ids)
-    for left, right in merges:
-        if not {left, right, left + right} <= normal:
-            raise ValueError(f"merge {left!r} + {right!r} needs both and their sum among the normal tokens: the file is damaged")
-    if "eos" not in special_ids:
-        raise ValueError("there is no eos token: generation could not end")
-    for name, token in special_ids.items():
-        if type(token) is not int or not 0 <= token < len(tokens):
-            raise ValueError(f"{name} token is {token!r}, must be an id in [0, {len(tokens)})")
+    return pairs

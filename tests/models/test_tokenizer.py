@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pgrpo_jax.models import gguf_tokenizer, tokenizer
+from pgrpo_jax.models.gguf_vocabulary import CONTROL, NORMAL, Vocabulary
 
 MODEL = pathlib.Path(".assets/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf")
 REFERENCE = pathlib.Path(__file__).parent.parent / "data" / "smollm2_reference.npz"
@@ -31,11 +32,11 @@ def spelled(bpe, ids):
 
 
 def small(**changes):
-    arguments = dict(
-        tokens=VOCABULARY, control_ids=[0, 1], merges=[("u", "s"), ("e", "r"), ("us", "er")], pre_tokenizer="smollm", chat_template=CHATML,
-        special_ids={"eos": 0, "bos": 1},
-    )  # fmt: skip
-    return gguf_tokenizer.byte_level_bpe(**{**arguments, **changes})
+    arguments = dict(merges=[("u", "s"), ("e", "r"), ("us", "er")], pre_tokenizer="smollm", chat_template=CHATML)
+    vocabulary = dict(tokens=VOCABULARY, special_ids={"eos": 0, "bos": 1}) | {key: changes.pop(key) for key in ("tokens", "special_ids") if key in changes}
+    control = changes.pop("control_ids", [0, 1])
+    kinds = [CONTROL if token in control else NORMAL for token in range(len(vocabulary["tokens"]))]
+    return gguf_tokenizer.byte_level_bpe(Vocabulary(kinds=changes.pop("kinds", kinds), **vocabulary), **{**arguments, **changes})
 
 
 def test_special_ids_of_the_real_model(smollm2):
@@ -172,7 +173,7 @@ def test_template_sees_what_transformers_shows_it():
         ({"merges": [("<", "e"), ("<e", ">")]}, "merge '<' \\+ 'e'"),
         ({"special_ids": {"bos": 1}}, "there is no eos token"),
         ({"special_ids": {"eos": 999}}, r"eos token is 999, must be an id in \[0, "),
-        ({"pre_tokenizer": "gpt-4o"}, "pre-tokenizer is 'gpt-4o', known are smollm"),
+        ({"pre_tokenizer": "gpt-4o"}, "pre-tokenizer is 'gpt-4o', known are llama-bpe, qwen2, smollm"),
     ],
 )
 def test_contradictory_vocabularies_are_refused(changes, message):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from pgrpo_jax.models import families, tokenizer, weights
+from pgrpo_jax.models import families, gguf_families, tokenizer, weights
 from pgrpo_jax.models.config import ModelConfig
 from pgrpo_jax.models.parameters import parameter_shapes
 
@@ -86,7 +86,7 @@ def test_real_model_is_accounted_for(smollm2):
     )  # fmt: skip
     assert weights.read_config(MODEL) == config
     leaves = jax.tree.leaves(parameters)
-    assert len(oracle.tensors) == 272 == len(families.placements(families.LLAMA.tensors, config))
+    assert len(oracle.tensors) == 272 == len(families.placements(gguf_families.FAMILIES["llama"].tensors, config))
     assert sum(leaf.size for leaf in leaves) == 134_515_008 == sum(tensor.n_elements for tensor in oracle.tensors)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), parameters) == jax.tree.map(
         lambda spec: (spec.shape, spec.dtype), parameter_shapes(config)
@@ -169,7 +169,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed_together(tmp_path):
     tensors = tiny_tensors(TINY)
     del tensors["blk.0.attn_q.weight"], tensors["output_norm.weight"]
     tensors["blk.1.attn_q.bias"] = np.zeros(32, np.float32)
-    tensors["rope_freqs.weight"] = np.zeros(4, np.float32)
+    tensors["rope_factors_long.weight"] = np.zeros(4, np.float32)
     tensors["blk.1.ffn_up.weight"] = tensors["blk.1.ffn_up.weight"].T.copy()
     path = write_tiny(tmp_path / "m.gguf", tensors, TINY)
     for function in (weights.read_config, weights.load):
@@ -177,7 +177,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed_together(tmp_path):
             function(path)
         message = str(caught.value)
         assert "missing (2): output_norm.weight, blk.0.attn_q.weight" in message
-        assert "unexpected (2): blk.1.attn_q.bias, rope_freqs.weight" in message
+        assert "unexpected (2): blk.1.attn_q.bias, rope_factors_long.weight" in message
         assert "wrong shape (1): blk.1.ffn_up.weight is (32, 64), must be (64, 32)" in message and "\n" not in message
 
 
@@ -195,7 +195,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed_together(tmp_path):
         ({"attention.value_length": 16}, "llama.attention.value_length is 16, must be the head size 8"),
         ({"rope.freq_base": float("nan")}, "rope_theta is nan"),
         ({"rope.freq_base": "ten"}, "llama.rope.freq_base is 'ten', must be a floating-point number"),
-        ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn', must be 'none' or absent"),
+        ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn', must be 'none', 'linear' or absent"),
         ({"expert_count": 8}, "llama.expert_count is 8, must be 0 or absent"),
         ({"embedding_length": 64}, "wrong shape"),
     ],
@@ -217,7 +217,7 @@ def test_optional_metadata_has_the_defaults_of_the_format(tmp_path):
 
 
 def test_unknown_architecture_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match="architecture is 'mamba', known are llama"):
+    with pytest.raises(ValueError, match="architecture is 'mamba', known are gemma, gemma2, gemma3, llama, qwen2, qwen3"):
         weights.read_config(write_tiny(tmp_path / "m.gguf", tiny_tensors(TINY), TINY, architecture="mamba"))
 
 
