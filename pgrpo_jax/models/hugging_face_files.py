@@ -96,6 +96,8 @@ def _encoder(chat: ChatTokenizer) -> dict[str, Any]:
     """A `tokenizer.json`: the encoder, and the control tokens, which in this package it does not know, as special tokens at their own ids."""
     values = json.loads(chat.encoder.to_str())
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    if chat.prefix and values["added_tokens"]:  # such a file would put the prefix before these tokens as well, and never find them
+        raise ValueError(f"a tokenizer that puts {chat.prefix!r} before every text and has user-defined tokens can not be written as tokenizer.json")
     by_id = sorted(chat.control.items(), key=lambda item: item[1])
     values["added_tokens"] = sorted([*values["added_tokens"], *({"id": id_, "content": text, **plain} for text, id_ in by_id)], key=lambda token: token["id"])
     if chat.prefix:

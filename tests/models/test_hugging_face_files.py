@@ -36,7 +36,7 @@ def small(**changes):
 def test_a_sentencepiece_tokenizer_is_written_as_it_encodes(space_prefix, tmp_path):
     """User-defined tokens stay whole, a prefix stays a prefix, bytes stand for what has no token; a base model has no template to write."""
     table = [("<s>", CONTROL, 0.0), ("</s>", CONTROL, 0.0), ("\u2581", NORMAL, -3.0), ("a", NORMAL, -4.0), ("b", NORMAL, -5.0), ("ab", NORMAL, -1.0)]
-    table += [("\u2581ab", NORMAL, -0.5), ("\n\n", USER_DEFINED, 0.0)] + [(f"<0x{byte:02X}>", BYTE, 0.0) for byte in range(256)]
+    table += [("\u2581ab", NORMAL, -0.5), ("\n\n", NORMAL if space_prefix else USER_DEFINED, 0.0)] + [(f"<0x{byte:02X}>", BYTE, 0.0) for byte in range(256)]
     tokens, kinds, scores = zip(*table)
     given = gguf_tokenizer.sentencepiece_bpe(
         Vocabulary(tokens, kinds, {"bos": 0, "eos": 1}), scores=scores, space_prefix=space_prefix, chat_template=None
@@ -49,6 +49,14 @@ def test_a_sentencepiece_tokenizer_is_written_as_it_encodes(space_prefix, tmp_pa
         assert written.decode(ids) == given.decode(ids) == text
     assert (given.encode("ab") == [6]) == space_prefix and written.token_to_id("</s>") == 1
     assert "chat_template" not in values(tmp_path, "tokenizer_config.json")
+
+
+def test_a_prefix_beside_user_defined_tokens_is_refused(tmp_path):
+    table = [("</s>", CONTROL, 0.0), ("\u2581", NORMAL, -3.0), ("\n\n", USER_DEFINED, 0.0)] + [(f"<0x{byte:02X}>", BYTE, 0.0) for byte in range(256)]
+    tokens, kinds, scores = zip(*table)
+    given = gguf_tokenizer.sentencepiece_bpe(Vocabulary(tokens, kinds, {"eos": 0}), scores=scores, space_prefix=True, chat_template=None)
+    with pytest.raises(ValueError, match="^a tokenizer that puts ' ' before every text and has user-defined tokens can not be written"):
+        hugging_face_files.write(tmp_path, config(given.vocab_size), given, dtype="float32")
 
 
 def test_control_tokens_keep_their_ids_and_become_special(tmp_path):
