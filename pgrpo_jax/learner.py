@@ -13,7 +13,7 @@ from pgrpo_jax.algorithms import preference_weights
 from pgrpo_jax.checkpoints import Checkpoints, state_sha256
 from pgrpo_jax.curation import Signals
 from pgrpo_jax.learner_settings import LearnerSettings
-from pgrpo_jax.models.transformer import Transformer
+from pgrpo_jax.models.transformer import laid_over, Transformer
 from pgrpo_jax.structs import Rollouts, TrainBatch, TrainState
 from pgrpo_jax.train_state import copied
 from pgrpo_jax.update import kl_penalties, learning_rate, refuse_non_finite, score_slices, update
@@ -56,7 +56,7 @@ class Learner:
         mesh: Mesh,
         checkpoints: Checkpoints,
     ):
-        self._model, self._settings, self._checkpoints, self._mesh = model, settings, checkpoints, mesh
+        self._model, self._settings, self._checkpoints, self._mesh = laid_over(model, mesh), settings, checkpoints, mesh
         self._advantages = parallel.over_processes(advantage_kernel, len({device.process_index for device in mesh.devices.flat}))
         self._learning_rate = jax.jit(learning_rate(settings.optimiser))
         self._load_base = load_base

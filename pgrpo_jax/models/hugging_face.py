@@ -92,6 +92,18 @@ def _qwen(c: _Values, *, qk_norm: bool) -> ModelConfig:
     return ModelConfig(**sizes, rope_theta=theta, rope_scaling=scaling, windows=windows, qk_norm=qk_norm, qkv_bias=not qk_norm)
 
 
+def _qwen_3_moe(c: _Values) -> ModelConfig:
+    c.refuse(attention_bias=False, hidden_act="silu", decoder_sparse_step=1, mlp_only_layers=[])
+    sizes, (theta, scaling) = c.sizes(head_dim=None, tied=False), c.rope()
+    sizes["mlp_width"] = c.get("moe_intermediate_size", int)
+    window = c.get("sliding_window", int) if c.get("use_sliding_window", bool, False) else 0  # of all layers, or of none
+    return ModelConfig(
+        **sizes, rope_theta=theta, rope_scaling=scaling, windows=(window,) * sizes["num_layers"] if window else (), qk_norm=True,
+        num_experts=c.get("num_local_experts", int, None) or c.get("num_experts", int),  # as transformers 5 and as the files on the hub name it
+        experts_per_token=c.get("num_experts_per_tok", int), normalised_experts=c.get("norm_topk_prob", bool, False),
+    )  # fmt: skip
+
+
 def _gemma(c: _Values) -> dict[str, Any]:
     """What the generations of Gemma have in common."""
     c.refuse(attention_bias=False, use_bidirectional_attention=False)
@@ -134,6 +146,7 @@ ARCHITECTURES: dict[str, Callable[[_Values], ModelConfig]] = {
     "LlamaForCausalLM": _llama,
     "Qwen2ForCausalLM": lambda c: _qwen(c, qk_norm=False),
     "Qwen3ForCausalLM": lambda c: _qwen(c, qk_norm=True),
+    "Qwen3MoeForCausalLM": _qwen_3_moe,
     "GemmaForCausalLM": _gemma_1,
     "Gemma2ForCausalLM": _gemma_2,
     "Gemma3ForCausalLM": _gemma_3,

@@ -9,7 +9,9 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
+from pgrpo_jax.models import experts
 from pgrpo_jax.models.attention import Attention
 from pgrpo_jax.models.config import ModelConfig
 from pgrpo_jax.models.quantised import Quantised, read, Stored, wide
@@ -94,18 +96,25 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def layer(
-    config: ModelConfig, weights: Mapping[str, Stored], x: chex.Array, angles: tuple[chex.Array, chex.Array], attention: Attention
+    config: ModelConfig,
+    weights: Mapping[str, Stored],
+    x: chex.Array,
+    angles: tuple[chex.Array, chex.Array],
+    attention: Attention,
+    *,
+    mesh: Mesh | None = None,
 ) -> tuple[chex.Array, Any]:
-    """One layer: attention, then a gated MLP; both residual, pre-normalised, and post-normalised where the model has those norms.
+    """One layer: attention, then a gated MLP or experts; both residual, pre-normalised, and post-normalised where the model has those norms.
 
     Args:
         config: the model's sizes.
         weights: of `parameters.parameter_shapes`, without the axis of layers, in the dtype of x, "output" as one matrix [H·Dh, D]; or of
-            `decoding.lay_out`, which has "query_key_value" [D, Hkv, H/Hkv + 2, Dh] and "gate_up" [D, 2, F] in place of the five matrices
-            they are made of.
+            `decoding.lay_out`, which has "query_key_value" [D, Hkv, H/Hkv + 2, Dh] and "gate_up" [D, 2, F], or "expert_gate_up"
+            [E, D, 2, F], in place of the five matrices they are made of.
         x: [B, T, D].
         angles: of `rotation`.
         attention: what the tokens attend to.
+        mesh: of `experts.mlp`.
 
     Returns:
         (x after the layer, what `attention` returned beside the attended values).
@@ -123,7 +132,7 @@ def layer(
     query, keys, values = [checkpoint_name(part, MATMUL) for part in (rotate(query, angles), rotate(keys, angles), values)]
     attended, kept = attention(query, keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2))
     x = checkpoint_name(added(x, linear(attended.reshape(*x.shape[:2], -1), weights["output"]), "post_attention_norm"), MATMUL)
-    return added(x, _mlp(config, weights, norm(x, "mlp_norm")), "post_mlp_norm"), kept
+    return added(x, _mlp(config, weights, norm(x, "mlp_norm"), mesh), "post_mlp_norm"), kept
 
 
 def _projected(config: ModelConfig, weights: Mapping[str, Stored], h: chex.Array) -> list[chex.Array]:
@@ -139,11 +148,17 @@ def _projected(config: ModelConfig, weights: Mapping[str, Stored], h: chex.Array
     return [query, fused[:, :, :, -2], fused[:, :, :, -1]]
 
 
-def _mlp(config: ModelConfig, weights: Mapping[str, Stored], h: chex.Array) -> chex.Array:
-    """The gated MLP of normalised activations [B, T, D] (Shazeer 2020, arXiv:2002.05202)."""
+def _mlp(config: ModelConfig, weights: Mapping[str, Stored], h: chex.Array, mesh: Mesh | None) -> chex.Array:
+    """The gated MLP of normalised activations [B, T, D] (Shazeer 2020, arXiv:2002.05202), or each token's experts."""
+
+    def gated(gate: chex.Array, up: chex.Array) -> chex.Array:
+        gate, up = checkpoint_name(gate, MATMUL), checkpoint_name(up, MATMUL)
+        return (jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up
+
+    if config.num_experts:
+        return experts.mlp(config, weights, h, gated, mesh)
     if "gate_up" in weights:
         gate, up = jnp.moveaxis(linear(h, weights["gate_up"]), 2, 0)
     else:
-        gate, up = [checkpoint_name(linear(h, weights[name]), MATMUL) for name in ("gate", "up")]
-    gate = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-    return linear(gate * up, weights["down"])
+        gate, up = linear(h, weights["gate"]), linear(h, weights["up"])
+    return linear(gated(gate, up), weights["down"])

@@ -20,7 +20,7 @@ SIZES = dict(
 def test_every_parameter_has_exactly_one_source_for_each_layer():
     config = ModelConfig(**SIZES)
     places = families.placements(families.LLAMA.tensors, config)
-    filled = [(place.rule.path, place.layer) for place in places.values()]
+    filled = [(place.rule.path, place.row) for place in places.values()]
     assert len(set(filled)) == len(filled) == 3 + 9 * 3
     assert sum(math.prod(place.source_shape) for place in places.values()) == sum(
         math.prod(spec.shape) for spec in jax.tree.leaves(parameter_shapes(config))
@@ -34,9 +34,27 @@ def test_unknown_architecture_names_the_known_ones(name):
         families.family(name)
 
 
-@pytest.mark.parametrize("rules", [families.LLAMA.tensors, families.hugging_face_rules(ModelConfig(**SIZES))], ids=["GGUF", "Hugging Face"])
-def test_a_parameter_becomes_its_tensor_again(rules):
+MOE = ModelConfig(**SIZES, num_experts=5, experts_per_token=2)
+
+
+def test_each_expert_has_tensors_of_its_own():
+    places = families.placements(families.hugging_face_rules(MOE), MOE)
+    assert len(places) == 3 + 3 * (6 + 1 + 3 * 5)
+    place = places["model.layers.2.mlp.experts.4.down_proj.weight"]
+    assert (place.rule.path, place.row, place.source_shape, place.shape) == (("layers", "expert_down"), (2, 4), (24, 40), (40, 24))
+    assert places["model.layers.1.mlp.gate.weight"].row == (1,) and places["model.norm.weight"].row == ()
+    filled = {(place.rule.path, place.row) for place in places.values()}
+    assert len(filled) == len(places)
+    assert sum(math.prod(place.shape) for place in places.values()) == sum(math.prod(spec.shape) for spec in jax.tree.leaves(parameter_shapes(MOE)))
+
+
+@pytest.mark.parametrize(
+    "rules, config",
+    [(families.LLAMA.tensors, ModelConfig(**SIZES)), *((families.hugging_face_rules(config), config) for config in (ModelConfig(**SIZES), MOE))],
+    ids=["GGUF", "Hugging Face", "experts"],
+)
+def test_a_parameter_becomes_its_tensor_again(rules, config):
     rng = np.random.default_rng(0)
-    for name, place in families.placements(rules, ModelConfig(**SIZES)).items():
+    for name, place in families.placements(rules, config).items():
         tensor = rng.standard_normal(place.source_shape)
         np.testing.assert_array_equal(families.from_parameter(families.to_parameter(tensor, place), place), tensor, err_msg=name)
