@@ -143,6 +143,7 @@ KEYS = {
     "num_actors": Key(1, "free", "actors of the threads and ray engines; inline has one"),
     "learner.num_devices": Key(0, "free", "local devices the batch is split over; 0 = all; divides prompts_per_step / micro_batches"),
     "learner.mesh.fsdp": Key(1, "free", "devices over which parameters and optimiser are sharded, prompts too; the rest holds copies"),
+    "learner.mesh.expert": Key(1, "free", "devices over which the experts of a mixture are dealt out, prompts too"),
     "learner.mesh.tp": Key(1, "free", "devices over which heads, hidden units and vocabulary are split"),
     "lease_secs": Key(900.0, "free", "seconds an actor may take for a unit before it is given up and issued again"),
     "learner.num_processes": Key(1, "free", "members of the learner gang of the ray engine, one a host"),

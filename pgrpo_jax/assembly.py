@@ -128,7 +128,7 @@ def load_base(config: Any, task: Task, *, parameters: bool = True) -> Base:
     model_config = weights.read_config(path) if path else settings.random_model(config, tokenizer.vocab_size)
     _check_lengths(config, task, tokenizer, model_config.context_length)
     mesh = config.learner.mesh
-    faults = sharding_faults(model_config, of="learner.mesh", fsdp=mesh.fsdp, tp=mesh.tp)
+    faults = sharding_faults(model_config, of="learner.mesh", fsdp=mesh.fsdp, tp=mesh.tp, expert=mesh.expert)
     faults += sharding_faults(model_config, of="actor", fsdp=1, tp=config.actor.tp)
     if faults:
         raise ValueError("\n".join(faults))
@@ -150,7 +150,7 @@ def _frozen(params: Any, dtype: Any) -> dict[str, Any]:
     """Parameters as they are computed with: no update will need more digits of them."""
 
     def kept(path: Any, leaf: Any) -> np.ndarray:
-        return np.asarray(leaf) if "norm" in path[-1].key else np.asarray(leaf).astype(dtype)
+        return np.asarray(leaf) if "norm" in path[-1].key or path[-1].key == "router" else np.asarray(leaf).astype(dtype)
 
     return jax.tree_util.tree_map_with_path(kept, params)
 
@@ -228,7 +228,7 @@ def make_learner(config: Any, base: Base, checkpoints: Checkpoints, *, devices: 
     """
     options, estimator = settings.learner_settings(config, base.tokenizer), algorithm_settings.advantage_settings(config)
     used = (devices or jax.devices())[: config.learner.num_devices or None]
-    mesh = parallel.make_mesh(used, fsdp=config.learner.mesh.fsdp, tp=config.learner.mesh.tp)
+    mesh = parallel.make_mesh(used, **config.learner.mesh)
     kernel = parallel.advantage_kernel(estimator, used, num_prompts=options.oversample * config.prompts_per_step)
     history = memory.init(estimator.memory, options.num_preference_groups, jnp.float32, num_components=len(options.components) or None)
     refreshed = options.kl.coefficient > 0 and options.kl.refresh > 0

@@ -14,7 +14,7 @@ from pgrpo_jax.checkpoints import Checkpoints, state_sha256
 from pgrpo_jax.curation import Signals
 from pgrpo_jax.learner_settings import LearnerSettings
 from pgrpo_jax.models import lora
-from pgrpo_jax.models.transformer import Transformer
+from pgrpo_jax.models.transformer import laid_over, Transformer
 from pgrpo_jax.optimiser import learning_rate
 from pgrpo_jax.structs import Rollouts, TrainBatch, TrainState
 from pgrpo_jax.train_state import copied
@@ -61,7 +61,7 @@ class Learner:
         checkpoints: Checkpoints,
         frozen: Mapping[str, Any] = {},
     ):
-        self._model, self._settings, self._checkpoints, self._mesh = model, settings, checkpoints, mesh
+        self._model, self._settings, self._checkpoints, self._mesh = laid_over(model, mesh), settings, checkpoints, mesh
         self._advantages = parallel.over_processes(advantage_kernel, len({device.process_index for device in mesh.devices.flat}))
         self._learning_rate = jax.jit(learning_rate(settings.optimiser))
         self._load_base = load_base
@@ -73,7 +73,7 @@ class Learner:
         if reference is not None and not self.frozen:
             reference = parallel.place(reference, self._params_layout)
         self._reference = self.frozen or reference if reference is not None else None
-        self._reference_model = dataclasses.replace(model, config=dataclasses.replace(model.config, lora=None))
+        self._reference_model = dataclasses.replace(self._model, config=dataclasses.replace(model.config, lora=None))
         self.state = state
         self.step, self.next_work = int(state.step), int(state.next_work)
         self.versions: dict[int, Any] = {}

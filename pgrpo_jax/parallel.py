@@ -1,7 +1,7 @@
 """Floor 1: how arrays and functions are laid out over devices, those of several processes included.
 
-The learner's mesh has three axes: rows of a batch are split over ("data", "fsdp"), parameters and what the optimiser keeps for them over
-("fsdp", "tp") by one table (`parameters.SHARDED_AXES`). An actor's model lies on devices of one process, split over "tp" alone.
+The learner's mesh has four axes: rows of a batch are split over ("data", "fsdp", "expert"), parameters and what the optimiser keeps for them over
+("fsdp", "expert", "tp") by one table (`parameters.SHARDED_AXES`). An actor's model lies on devices of one process, split over "tp" alone.
 
 `pmapped` is the only caller of `jax.pmap`, which JAX keeps in maintenance (it is itself jit + shard_map): should it go, that
 one function is rewritten.
@@ -23,7 +23,7 @@ from pgrpo_jax.models.parameters import sharding_faults, SHARDED_AXES
 from pgrpo_jax.structs import RewardHistory
 
 AXIS = "devices"  # of `pmapped`
-ROWS = ("data", "fsdp")  # the axes of a mesh that split the rows of a batch
+ROWS = ("data", "fsdp", "expert")  # the axes of a mesh that split the rows of a batch
 
 _WHOLE_BYTES = 1 << 26  # an array larger than this comes together layer by layer
 
@@ -47,24 +47,25 @@ def pmapped(
     return jax.pmap(fn, axis_name=axis_name, in_axes=in_axes, out_axes=out_axes, devices=tuple(devices))
 
 
-def make_mesh(devices: Sequence[jax.Device], *, fsdp: int = 1, tp: int = 1) -> Mesh:
-    """Arranges devices as a mesh ("data", "fsdp", "tp"), neighbours along "tp" closest together.
+def make_mesh(devices: Sequence[jax.Device], *, fsdp: int = 1, expert: int = 1, tp: int = 1) -> Mesh:
+    """Arranges devices as a mesh ("data", "fsdp", "expert", "tp"), neighbours along "tp" closest together.
 
     Args:
         devices: of all processes, in the same order in each.
         fsdp: devices that share each parameter's "fsdp" axis.
-        tp: devices that share its "tp" axis. What is left, len(devices) / (fsdp * tp), is "data".
+        expert: devices that share the experts of each layer.
+        tp: devices that share its "tp" axis. What is left, len(devices) / (fsdp * expert * tp), is "data".
 
     Raises:
         ValueError: the devices do not divide.
     """
-    if fsdp < 1 or tp < 1 or len(devices) % (fsdp * tp):
+    if min(fsdp, expert, tp) < 1 or len(devices) % (fsdp * expert * tp):
         raise ValueError(
-            f"{len(devices)} devices do not divide into fsdp {fsdp} x tp {tp}: set learner.mesh.fsdp and learner.mesh.tp "
-            "so that their product divides the number of devices"
+            f"{len(devices)} devices do not divide into fsdp {fsdp} x expert {expert} x tp {tp}: set learner.mesh.fsdp, learner.mesh.expert "
+            "and learner.mesh.tp so that their product divides the number of devices"
         )
-    shape = (len(devices) // (fsdp * tp), fsdp, tp)
-    return jax.make_mesh(shape, (*ROWS, "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=tuple(devices))
+    shape = (len(devices) // (fsdp * expert * tp), fsdp, expert, tp)
+    return jax.make_mesh(shape, (*ROWS, "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 4, devices=tuple(devices))
 
 
 def layout(tree: Any, mesh: Mesh) -> Any:
@@ -111,7 +112,7 @@ def shard_rows(tree: Any, mesh: Mesh, *, axis: int) -> Any:
     """Splits every array of a pytree over a mesh along one of its axes, which holds rows of a batch.
 
     Args:
-        tree: host arrays, the same in every process, whose size along `axis` is a multiple of the mesh's "data" x "fsdp".
+        tree: host arrays, the same in every process, whose size along `axis` is a multiple of the product of the mesh's `ROWS`.
         mesh: of `make_mesh`.
         axis: the axis that is split.
     """

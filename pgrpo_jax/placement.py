@@ -16,10 +16,10 @@ def check_devices(config: Any, *, num_devices: int) -> None:
         ConfigError: each line names a key, its value, the bound and what to do.
     """
     devices, mesh = config.learner.num_devices or num_devices, config.learner.mesh
-    cut = mesh.fsdp * mesh.tp
+    cut = mesh.fsdp * mesh.expert * mesh.tp
     per_slice = config.prompts_per_step // config.learner.micro_batches
     of_devices = "the learner's devices (learner.num_devices, 0 = all)"
-    errors = settings.indivisible([(of_devices, devices, "learner.mesh.fsdp * learner.mesh.tp", cut)])
+    errors = settings.indivisible([(of_devices, devices, "learner.mesh.fsdp * learner.mesh.expert * learner.mesh.tp", cut)])
     shares = f"{of_devices} / learner.mesh.tp" if mesh.tp > 1 else of_devices
     errors += settings.indivisible([("prompts_per_step / learner.micro_batches", per_slice, shares, max(1, devices // mesh.tp))])
     if devices > num_devices:

@@ -48,6 +48,7 @@ _AT_LEAST = {
     "learner.num_devices": 0,
     "learner.num_processes": 1,
     "learner.mesh.fsdp": 1,
+    "learner.mesh.expert": 1,
     "learner.mesh.tp": 1,
     "num_actors": 1,
     "actor.tp": 1,

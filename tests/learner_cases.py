@@ -125,11 +125,11 @@ def kernel(settings: AdvantageSettings = estimator(), num_devices: int = 1, prom
 
 
 def learner(
-    directory, *, num_devices: int = 1, fsdp: int = 1, tp: int = 1, reference=None, advantage_kernel=None, preset: str = "p_grpo", model=MODEL,
+    directory, *, num_devices: int = 1, fsdp: int = 1, expert: int = 1, tp: int = 1, reference=None, advantage_kernel=None, preset: str = "p_grpo", model=MODEL,
     dtype=np.float32, **changes
 ) -> Learner:  # fmt: skip
     """A learner of the tiny model that saves in `directory`; `changes` replace fields of `SETTINGS`."""
-    mesh = parallel.make_mesh(jax.devices()[:num_devices], fsdp=fsdp, tp=tp)
+    mesh = parallel.make_mesh(jax.devices()[:num_devices], fsdp=fsdp, expert=expert, tp=tp)
     base = functools.partial(params, "policy", dtype, model.config)
     settings = dataclasses.replace(SETTINGS, **changes)
     return Learner(

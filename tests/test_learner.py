@@ -387,6 +387,24 @@ def test_the_mesh_does_not_change_the_update(mesh, make, alone):
         assert {shard.data.nbytes * cut for shard in leaf.addressable_shards} == {leaf.nbytes}, path
 
 
+def test_a_mesh_does_not_change_the_update_of_experts(make):
+    """As above, over fsdp 2 x expert 2 (x data 2), with a model of experts, whose matrices the actors get whole."""
+    sizes = dict(qk_norm=True, num_experts=4, experts_per_token=2, normalised_experts=True)
+    model = dataclasses.replace(cases.MODEL, config=dataclasses.replace(cases.CONFIG, **sizes))
+    one, many = make(model=model), make(model=model, num_devices=8, fsdp=2, expert=2)
+    for step in range(2):
+        (expected, advantages), (metrics, found) = one.update(rollouts(step)), many.update(rollouts(step))
+        np.testing.assert_allclose(found, advantages, rtol=1e-5, atol=1e-6)
+        for name, value in expected.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=2e-5, atol=2e-6, err_msg=name)
+    assert jax.tree.map(lambda x: x.sharding, many.state) == parallel.layout(many.state, many._mesh)
+    start, ours, theirs = (jax.tree.leaves(jax.device_get(x)) for x in (cases.params("policy", config=model.config), many.versions[2], one.versions[2]))
+    distance = lambda a, b: np.sqrt(sum(np.sum((x - y) ** 2) for x, y in zip(a, b, strict=True)))  # noqa: E731
+    assert distance(ours, theirs) < 1e-4 * distance(theirs, start)
+    experts = many.state.trainable["layers"]["expert_up"]
+    assert {shard.data.shape for shard in experts.addressable_shards} == {(2, 2, 8, 20)}
+
+
 def test_a_checkpoint_goes_on_on_another_mesh(make):
     """Saved on fsdp 4 x tp 2, restored there to the bit, and on one device to the same values."""
     schedule = Schedule(accept=2)

@@ -21,6 +21,7 @@ from pgrpo_jax.generation.engine import generate, GenerationSettings
 from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.models.parameters import parameter_shapes, sharding_faults, SHARDED_AXES
 
+MOE = dataclasses.replace(cases.CONFIG, qk_norm=True, num_experts=4, experts_per_token=2, normalised_experts=True)
 MESHES = [(8, 1), (4, 2), (2, 2), (1, 2), (1, 1)]  # fsdp, tp, of 8 devices
 UNTIED = cases.CONFIG.__class__(**{**vars(cases.CONFIG), "tied_embeddings": False})
 
@@ -35,25 +36,27 @@ def equal(found, expected) -> bool:
 @pytest.mark.parametrize("fsdp, tp", MESHES)
 def test_a_mesh_has_every_device_once(fsdp, tp):
     mesh = parallel.make_mesh(jax.devices(), fsdp=fsdp, tp=tp)
-    assert dict(mesh.shape) == {"data": 8 // (fsdp * tp), "fsdp": fsdp, "tp": tp}
+    assert dict(mesh.shape) == {"data": 8 // (fsdp * tp), "fsdp": fsdp, "expert": 1, "tp": tp}
     assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in jax.devices())
 
 
-@pytest.mark.parametrize("fsdp, tp", [(3, 1), (4, 4), (0, 1), (1, -1)])
-def test_a_mesh_that_does_not_divide_is_refused(fsdp, tp):
-    with pytest.raises(ValueError, match=rf"^8 devices do not divide into fsdp {fsdp} x tp {tp}: set learner.mesh.fsdp [^\n]*$"):
-        parallel.make_mesh(jax.devices(), fsdp=fsdp, tp=tp)
+@pytest.mark.parametrize("fsdp, expert, tp", [(3, 1, 1), (4, 1, 4), (0, 1, 1), (1, 1, -1), (2, 3, 1), (1, 0, 1)])
+def test_a_mesh_that_does_not_divide_is_refused(fsdp, expert, tp):
+    with pytest.raises(ValueError, match=rf"^8 devices do not divide into fsdp {fsdp} x expert {expert} x tp {tp}: set learner.mesh.fsdp[^\n]*$"):
+        parallel.make_mesh(jax.devices(), fsdp=fsdp, expert=expert, tp=tp)
 
 
 def test_the_table_names_every_axis_of_every_parameter():
-    shapes = parameter_shapes(dataclasses.replace(UNTIED, qkv_bias=True, qk_norm=True, post_norms=True))
-    flat = {path[-1].key: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    every = dataclasses.replace(UNTIED, qkv_bias=True, qk_norm=True, post_norms=True)
+    trees = parameter_shapes(every), parameter_shapes(dataclasses.replace(every, num_experts=4, experts_per_token=2))
+    flat = {path[-1].key: leaf for shapes in trees for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     assert flat.keys() == SHARDED_AXES.keys()
     for name, leaf in flat.items():
         axes = SHARDED_AXES[name]
         assert len(axes) == leaf.ndim, name
         cut = [axis for axis in axes if axis]
-        expected = [] if "norm" in name else ["tp"] if "bias" in name else ["fsdp", "tp"]
+        expected = [] if "norm" in name else ["tp"] if "bias" in name else ["fsdp"] if name == "router" else ["fsdp", "tp"]
+        expected = ["expert", *expected] if name.startswith("expert") else expected
         assert sorted(cut) == expected, f"{name}: matrices are cut once by each, biases by heads, norms are whole"
 
 
@@ -79,14 +82,31 @@ def test_sizes_that_do_not_divide_are_named_with_what_would():
         "the model's num_kv_heads = 2 is not divisible by learner.mesh.tp = 4: set it to a divisor, 1, 2",
     ]
     assert len(sharding_faults(cases.CONFIG, of="actor", fsdp=1, tp=3)) == 4, "heads, key and value heads, hidden units, vocabulary"
+    assert sharding_faults(MOE, of="learner.mesh", fsdp=2, tp=1, expert=4) == []
+    assert sharding_faults(MOE, of="learner.mesh", fsdp=1, tp=1, expert=8) == [
+        "the model's num_experts = 4 is not divisible by learner.mesh.expert = 8: set it to a divisor, 1, 2, 4"
+    ]
+    assert sharding_faults(cases.CONFIG, of="learner.mesh", fsdp=1, tp=1, expert=2) == [
+        "learner.mesh.expert = 2, but the model is dense, it has no experts to deal out: set it to 1, and learner.mesh.fsdp to more"
+    ]
 
 
-def test_rows_are_split_over_data_and_fsdp():
-    mesh = parallel.make_mesh(jax.devices(), fsdp=2, tp=2)
+@pytest.mark.parametrize("expert, tp", [(1, 2), (2, 1)])
+def test_rows_are_split_over_all_axes_but_tp(expert, tp):
+    mesh = parallel.make_mesh(jax.devices(), fsdp=2, expert=expert, tp=tp)
     rows = np.arange(2 * 8 * 3).reshape(2, 8, 3)
     split = parallel.shard_rows({"x": rows}, mesh, axis=1)["x"]
-    assert split.sharding.spec == PartitionSpec(None, ("data", "fsdp")) and equal(split, rows)
-    assert {shard.data.shape for shard in split.addressable_shards} == {(2, 2, 3)}
+    assert split.sharding.spec == PartitionSpec(None, ("data", "fsdp", "expert")) and equal(split, rows)
+    assert {shard.data.shape for shard in split.addressable_shards} == {(2, tp, 3)}
+
+
+def test_each_device_holds_its_experts():
+    mesh = parallel.make_mesh(jax.devices(), fsdp=2, expert=2, tp=2)
+    params = cases.params("policy", np.float32, MOE)
+    placed = parallel.place(params, parallel.layout(params, mesh))["layers"]
+    assert {name: placed[name].sharding.shard_shape(placed[name].shape) for name in placed if "expert" in name or name == "router"} == {
+        "router": (2, 8, 4), "expert_gate": (2, 2, 8, 10), "expert_up": (2, 2, 8, 10), "expert_down": (2, 2, 10, 8)
+    }  # fmt: skip
 
 
 def test_a_compiled_function_keeps_its_layout_and_is_compiled_once():
@@ -135,8 +155,9 @@ def test_the_model_runs_as_an_actor_holds_it():
     np.testing.assert_allclose(both[1], both[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("model", [cases.CONFIG, MOE], ids=["dense", "experts"])
 @pytest.mark.parametrize("storage, slots", [("model", 0), ("bfloat16", 4), ("int8", 4)])
-def test_an_actor_generates_over_its_devices_what_it_generates_on_one(storage, slots):
+def test_an_actor_generates_over_its_devices_what_it_generates_on_one(storage, slots, model):
     """However matrices and caches are stored, with and without refill: the same tokens over tp 2, log-probs to rounding."""
     prompts, key = np.arange(1, 7, dtype=np.int32).reshape(3, 2), jax.random.key(3)
     what = GenerationSettings(
@@ -144,10 +165,11 @@ def test_an_actor_generates_over_its_devices_what_it_generates_on_one(storage, s
     )
     out = []
     for count in (1, 2):
-        params = parallel.localise(cases.params("policy"), model=cases.CONFIG, devices=jax.devices()[:count])
-        out.append(generate(cases.MODEL, params, prompts, np.array([2, 1, 2], np.int32), key, completions_per_prompt=4, settings=what))
+        params = parallel.localise(cases.params("policy", np.float32, model), model=model, devices=jax.devices()[:count])
+        out.append(generate(cases.transformer.Transformer(model), params, prompts, np.array([2, 1, 2], np.int32), key, completions_per_prompt=4, settings=what))
     np.testing.assert_array_equal(out[1].tokens, out[0].tokens)
-    np.testing.assert_allclose(out[1].log_probs, out[0].log_probs, atol=1e-4)
+    # of experts a key or a value stored in bfloat16 rounds to its other neighbour once
+    np.testing.assert_allclose(out[1].log_probs, out[0].log_probs, atol=1e-3 if (storage, model) == ("bfloat16", MOE) else 1e-4)
     assert 1 < out[0].lengths.max() and np.abs(out[0].log_probs).max() > 1
 
 

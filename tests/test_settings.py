@@ -78,6 +78,8 @@ BAD = [
      "the learner's devices (learner.num_devices, 0 = all) = 8: change one of them"),
     ({"learner__num_devices": 16, "prompts_per_step": 16},
      "learner.num_devices = 16 is more than the 8 devices there are: lower it, or 0 for all"),
+    ({"learner__mesh__expert": 3, "learner__num_devices": 4}, "the learner's devices (learner.num_devices, 0 = all) = 4 is not divisible by "
+     "learner.mesh.fsdp * learner.mesh.expert * learner.mesh.tp = 3: change one of them"),
     ({"evaluation__prompts_per_work": 3},
      "evaluation.num_prompts = 8 is not divisible by evaluation.prompts_per_work = 3: change one of them"),
     ({"model__random__num_heads": 0}, "model.random.num_heads = 0 is below 1: set it to at least 1"),
@@ -122,6 +124,12 @@ def test_prompts_must_fit():
     with pytest.raises(ValueError, match=r"^prompts of 23 tokens \(bucket 40\) and answers of .* = 4 exceed .* of 43 tokens: "):
         load_base(small_config.config(model__random__context_length=43), task)
     load_base(small_config.config(model__random__context_length=44), task)
+
+
+def test_a_dense_model_has_no_experts_to_deal_out():
+    config = small_config.config(learner__mesh__expert=2)
+    with pytest.raises(ValueError, match=r"^learner.mesh.expert = 2, but the model is dense, it has no experts to deal out: set it to 1, [^\n]*$"):
+        load_base(config, load_task(config))
 
 
 @pytest.mark.parametrize("path, error", [("nothing.gguf", FileNotFoundError), ("empty.gguf", ValueError)])

@@ -105,16 +105,18 @@ def _lay_out_layer(model: Transformer, storage: str, stacked: Any, row: chex.Arr
     query = w["query"].reshape(w["query"].shape[0], model.config.num_kv_heads, -1, model.config.head_dim)
     fused = {
         "query_key_value": jnp.concatenate([query, w["key"][:, :, None], w["value"][:, :, None]], axis=2),
-        "gate_up": jnp.stack([w["gate"], w["up"]], axis=1), "output": w["output"].reshape(-1, model.config.width),
-        "down": w["down"],
-    }  # fmt: skip
+        "output": w["output"].reshape(-1, model.config.width),
+    }
+    prefix, inputs = ("expert_", 1) if model.config.num_experts else ("", 0)
+    mlp = {"gate_up": jnp.stack([w[f"{prefix}gate"], w[f"{prefix}up"]], axis=inputs + 1), "down": w[f"{prefix}down"]}
     stored = {name: quantised.store(x.astype(model.dtype), storage, axis=0) for name, x in fused.items()}
+    stored |= {f"{prefix}{name}": quantised.store(x.astype(model.dtype), storage, axis=inputs) for name, x in mlp.items()}
     if model.config.qkv_bias:
         query = w["query_bias"].reshape(model.config.num_kv_heads, -1, model.config.head_dim)
         stored["query_key_value_bias"] = jnp.concatenate([query, w["key_bias"][:, None], w["value_bias"][:, None]], axis=1)
     # Adapters stay beside what they change: in fewer bits it would swallow them.
     adapters = {name: x.astype(model.dtype) for name, x in w.items() if lora.is_adapter(name)}
-    return stored | adapters | {name: x for name, x in w.items() if "norm" in name}
+    return stored | adapters | {name: x for name, x in w.items() if "norm" in name or name == "router"}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -141,7 +143,7 @@ def prefill(model: Transformer, storage: str, weights: Any, prompts: chex.Array,
         window = c.window(row)
         parts = [(*beginning[row], whole, at)] if beginning else []
         attended = attention.attention_over(c, parts, positions, window=window or None)
-        x, kept = layers.layer(c, layer, x, angles[window > 0], attended, adapters)
+        x, kept = layers.layer(c, layer, x, angles[window > 0], attended, adapters=adapters, mesh=model.mesh)
         caches.append(kv_cache.keep(*kept, storage))
     return tuple(caches)
 
@@ -239,7 +241,7 @@ def _forward(model, storage, weights, beginning, prefix, caches, slots, angles, 
             parts += [(*prefix[row], of_prompt[:, None]), (*both, own[:, None])]
             return attention.attend(query, parts, **attention.constants(c)), both
 
-        x, both = layers.layer(c, layer, x, angles[c.window(row) > 0], attended, slots.adapters)
+        x, both = layers.layer(c, layer, x, angles[c.window(row) > 0], attended, adapters=slots.adapters, mesh=model.mesh)
         kept.append(both)
     hidden = layers.rms_norm(x, weights["final_norm"], epsilon=c.norm_epsilon, offset=c.norm_offset)
     return transformer.logits(weights, hidden, c.logit_soft_cap)[:, 0], tuple(kept)

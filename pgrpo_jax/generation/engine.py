@@ -9,11 +9,12 @@ from typing import Any, Sequence
 import chex
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from pgrpo_jax.buckets import bucket_length, completion_widths, shared_columns
 from pgrpo_jax.generation import decoding, kv_cache, sampler
 from pgrpo_jax.generation.slots import Slots
-from pgrpo_jax.models.transformer import Transformer
+from pgrpo_jax.models.transformer import laid_over, Transformer
 
 _REFILL_SHARE = 32  # the host is asked for new work when one slot in so many has ended
 
@@ -155,6 +156,8 @@ class _Run:
     """One call of `generate`: the host decides, the device decodes in between."""
 
     def __init__(self, model, params, prompts, lengths, key, limits, adapters, settings):
+        lies = getattr(params["final_norm"], "sharding", None)
+        model = laid_over(model, lies.mesh if isinstance(lies, NamedSharding) else None)
         self._model, self._settings, self._key = model, settings, key
         # What an adapter makes of the same beginning is another's no more.
         begun = shared_columns(prompts, lengths) if (adapters == adapters[0]).all() else 0

@@ -53,12 +53,12 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer with RMSNorm, gated MLP and rotate-half RoPE: its sizes, and in what it differs from Llama.
+    """A decoder-only transformer with RMSNorm, gated MLPs and rotate-half RoPE: its sizes, and in what it differs from Llama.
 
     Attributes:
         num_layers: L.
         width: D, the residual stream.
-        mlp_width: F, the hidden layer of the MLP.
+        mlp_width: F, the hidden layer of the MLP; of each expert, where there are experts.
         num_heads: H, query heads.
         num_kv_heads: Hkv, key and value heads; divides H.
         head_dim: Dh; even, because RoPE rotates pairs.
@@ -79,6 +79,9 @@ class ModelConfig:
         windows: for each layer, the tokens that one attends to, itself included; 0 = all before it. () = all, in every layer.
         local_rope_theta: the base in layers with a window, which `rope_scaling` leaves alone; None = as in the others.
         rope_scaling: None = wavelengths are as `rope_theta` says.
+        num_experts: E, MLPs of each layer among which each token's router chooses; 0 = one MLP for all tokens.
+        experts_per_token: k, how many of them a token goes through.
+        normalised_experts: the probabilities of a token's k experts are divided by their sum; otherwise they are those among all E.
         lora: the adapters that are trained in place of the model; None = it has none.
     """
 
@@ -105,13 +108,16 @@ class ModelConfig:
     windows: tuple[int, ...] = ()
     local_rope_theta: float | None = None
     rope_scaling: RopeScaling | None = None
+    num_experts: int = 0
+    experts_per_token: int = 0
+    normalised_experts: bool = False
     lora: Lora | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or not 1 <= value < _SIZE_LIMIT):
-                raise ValueError(f"{field.name} is {value!r}, must be a whole number in [1, {_SIZE_LIMIT}): correct the model's sizes")
+            value, least = getattr(self, field.name), 0 if field.default == 0 else 1
+            if field.type is int and (type(value) is not int or not least <= value < _SIZE_LIMIT):
+                raise ValueError(f"{field.name} is {value!r}, must be a whole number in [{least}, {_SIZE_LIMIT}): correct the model's sizes")
             if field.type is bool and type(value) is not bool:
                 raise ValueError(f"{field.name} is {value!r}, must be True or False")
         if self.num_heads % self.num_kv_heads:
@@ -134,6 +140,13 @@ class ModelConfig:
             raise ValueError(f"activation is {self.activation!r}, must be one of {', '.join(ACTIVATIONS)}: others are not computed")
         if self.windows and (len(self.windows) != self.num_layers or min(self.windows) < 0):
             raise ValueError(f"windows are {self.windows}, must be one for each of {self.num_layers} layers, 0 or more tokens")
+        if not min(1, self.num_experts) <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token is {self.experts_per_token}, must be in [{min(1, self.num_experts)}, num_experts = {self.num_experts}]: "
+                "a token goes through some of the experts there are"
+            )
+        if self.lora is not None and self.num_experts and (wanted := {"gate", "up", "down"}.intersection(self.lora.targets)):
+            raise ValueError(f"lora's targets are {' '.join(self.lora.targets)!r}, experts have no adapters: leave out {', '.join(sorted(wanted))}")
 
     def window(self, layer: int) -> int:
         """Returns the tokens that one attends to in a layer; 0 = all before it."""

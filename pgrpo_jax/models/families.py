@@ -3,7 +3,9 @@
 Adding a family means adding a table in gguf_families.py, or a function in hugging_face.py; loaders and the network read them and stay as they are.
 """
 
+import itertools
 import math
+import string
 from typing import Mapping, NamedTuple, Sequence
 
 import numpy as np
@@ -13,16 +15,16 @@ from pgrpo_jax.models.parameters import leaf, parameter_shapes
 
 
 class TensorRule(NamedTuple):
-    """How one tensor of a model file becomes one parameter (or, with "{layer}" in its name, one row of a stacked parameter).
+    """How one tensor of a model file becomes one parameter, or one row of a parameter that is stacked over what its name counts.
 
     Attributes:
-        source: the tensor's name in the file.
+        source: the tensor's name in the file, with "{layer}" and then "{expert}" where the parameter is stacked over them.
         path: the parameter's place in the tree of `parameter_shapes`.
         input_axes: 0 where the file holds the parameter as it is; otherwise the file holds a matrix [outputs, inputs], and
-            this is how many leading axes of the parameter (without the layer axis) are inputs.
+            this is how many leading axes of the parameter (without the stacked axes) are inputs.
         interleaved: True where the rows of each head are ordered for RoPE over neighbouring pairs (0, 1), (2, 3), ...;
             the transformer rotates halves, (0, Dh/2), (1, Dh/2 + 1), ....
-        flat: True where the file holds the parameter's axes (without the layer axis) as one.
+        flat: True where the file holds the parameter's axes (without the stacked axes) as one.
         shift: what the file's numbers have more than the parameter's.
     """
 
@@ -39,13 +41,13 @@ class Placement(NamedTuple):
 
     Attributes:
         rule: the rule that names it.
-        layer: the row of the stacked parameter; None where the parameter is not stacked.
+        row: of the stacked parameter, an index of each stacked axis: (layer,), (layer, expert), or () where the parameter is not stacked.
         source_shape: the shape the file must hold.
-        shape: the parameter's shape, without the layer axis.
+        shape: the parameter's shape, without the stacked axes.
     """
 
     rule: TensorRule
-    layer: int | None
+    row: tuple[int, ...]
     source_shape: tuple[int, ...]
     shape: tuple[int, ...]
 
@@ -59,7 +61,8 @@ def hugging_face_rules(config: ModelConfig) -> tuple[TensorRule, ...]:
     layer = {name: (source, {}) for name, source in norms.items()}
     layer |= {name: (source, {"input_axes": 2 if name == "output" else 1}) for name, source in attention.items()}
     layer |= {name: (f"mlp.{name}_proj", {"input_axes": 1}) for name in ("gate", "up", "down")}
-    layer |= {"query_norm": ("self_attn.q_norm", {}), "key_norm": ("self_attn.k_norm", {})}
+    layer |= {f"expert_{name}": (f"mlp.experts.{{expert}}.{name}_proj", {"input_axes": 1}) for name in ("gate", "up", "down")}
+    layer |= {"router": ("mlp.gate", {"input_axes": 1}), "query_norm": ("self_attn.q_norm", {}), "key_norm": ("self_attn.k_norm", {})}
     rules = [TensorRule(f"model.layers.{{layer}}.{source}.weight", ("layers", name), **how) for name, (source, how) in layer.items()]
     biases = {f"{name}_bias": f"{source}.bias" for name, source in attention.items() if name != "output"}
     rules += [TensorRule(f"model.layers.{{layer}}.{source}", ("layers", name), flat=True) for name, source in biases.items()]
@@ -80,15 +83,21 @@ def placements(rules: Sequence[TensorRule], config: ModelConfig) -> dict[str, Pl
     tree = parameter_shapes(config)
     places = {}
     for rule in rules:
-        stacked = rule.path[0] == "layers"
-        if rule.path[-1] not in (tree["layers"] if stacked else tree):  # a tied model has no head
+        if rule.path[-1] not in leaf(tree, rule.path[:-1]):  # a tied model has no head
             continue
-        shape = leaf(tree, rule.path).shape[int(stacked) :]
+        counted = [{"layer": config.num_layers, "expert": config.num_experts}[field] for field in _fields(rule.source)]
+        shape = leaf(tree, rule.path).shape[len(counted) :]
         outputs, inputs = math.prod(shape[rule.input_axes :]), math.prod(shape[: rule.input_axes])
         source_shape = (outputs, inputs) if rule.input_axes else (outputs,) if rule.flat else shape
-        for layer in range(config.num_layers) if stacked else (None,):
-            places[rule.source.format(layer=layer)] = Placement(rule, layer, source_shape, shape)
+        for row in itertools.product(*map(range, counted)):
+            name = rule.source.format(**dict(zip(("layer", "expert"), row)))
+            places[name] = Placement(rule, row, source_shape, shape)
     return places
+
+
+def _fields(source: str) -> list[str]:
+    """What a tensor's name counts, in order."""
+    return [field for _, field, _, _ in string.Formatter().parse(source) if field]
 
 
 def settle(found: Mapping[str, tuple[int, ...]], places: Mapping[str, Placement]) -> None:

@@ -52,7 +52,7 @@ def load(file: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
         if not np.isfinite(array).all():
             raise ValueError(f"tensor {name!r} of {file} holds numbers that are not finite: download the file again and compare its sha256")
         target = leaf(parameters, place.rule.path)
-        target[... if place.layer is None else place.layer] = families.to_parameter(array, place)
+        target[place.row] = families.to_parameter(array, place)
     return config, parameters
 
 

@@ -93,6 +93,18 @@ def _qwen(c: _Values, *, qk_norm: bool) -> ModelConfig:
     return ModelConfig(**sizes, rope_theta=theta, rope_scaling=scaling, windows=windows, qk_norm=qk_norm, qkv_bias=not qk_norm)
 
 
+def _qwen_3_moe(c: _Values) -> ModelConfig:
+    c.refuse(attention_bias=False, hidden_act="silu", decoder_sparse_step=1, mlp_only_layers=[])
+    sizes, (theta, scaling) = c.sizes(head_dim=None, tied=False), c.rope()
+    sizes["mlp_width"] = c.get("moe_intermediate_size", int)
+    window = c.get("sliding_window", int) if c.get("use_sliding_window", bool, False) else 0  # of all layers, or of none
+    return ModelConfig(
+        **sizes, rope_theta=theta, rope_scaling=scaling, windows=(window,) * sizes["num_layers"] if window else (), qk_norm=True,
+        num_experts=c.get("num_local_experts", int, None) or c.get("num_experts", int),  # as transformers 5 and as the files on the hub name it
+        experts_per_token=c.get("num_experts_per_tok", int), normalised_experts=c.get("norm_topk_prob", bool, False),
+    )  # fmt: skip
+
+
 def _gemma(c: _Values) -> dict[str, Any]:
     """What the generations of Gemma have in common."""
     c.refuse(attention_bias=False, use_bidirectional_attention=False)
@@ -135,6 +147,7 @@ ARCHITECTURES: dict[str, Callable[[_Values], ModelConfig]] = {
     "LlamaForCausalLM": _llama,
     "Qwen2ForCausalLM": lambda c: _qwen(c, qk_norm=False),
     "Qwen3ForCausalLM": lambda c: _qwen(c, qk_norm=True),
+    "Qwen3MoeForCausalLM": _qwen_3_moe,
     "GemmaForCausalLM": _gemma_1,
     "Gemma2ForCausalLM": _gemma_2,
     "Gemma3ForCausalLM": _gemma_3,
@@ -173,14 +186,15 @@ def to_model_config(values: Any) -> ModelConfig:
     return ARCHITECTURES[name](_Values(values))
 
 
-# (activation, qkv_bias, qk_norm, post_norms) -> (architecture, its model_type)
+# (activation, qkv_bias, qk_norm, post_norms, experts) -> (architecture, its model_type)
 _NAMES = {
-    ("silu", False, False, False): ("LlamaForCausalLM", "llama"),
-    ("silu", True, False, False): ("Qwen2ForCausalLM", "qwen2"),
-    ("silu", False, True, False): ("Qwen3ForCausalLM", "qwen3"),
-    ("gelu_tanh", False, False, False): ("GemmaForCausalLM", "gemma"),
-    ("gelu_tanh", False, False, True): ("Gemma2ForCausalLM", "gemma2"),
-    ("gelu_tanh", False, True, True): ("Gemma3ForCausalLM", "gemma3_text"),
+    ("silu", False, False, False, False): ("LlamaForCausalLM", "llama"),
+    ("silu", True, False, False, False): ("Qwen2ForCausalLM", "qwen2"),
+    ("silu", False, True, False, False): ("Qwen3ForCausalLM", "qwen3"),
+    ("silu", False, True, False, True): ("Qwen3MoeForCausalLM", "qwen3_moe"),
+    ("gelu_tanh", False, False, False, False): ("GemmaForCausalLM", "gemma"),
+    ("gelu_tanh", False, False, True, False): ("Gemma2ForCausalLM", "gemma2"),
+    ("gelu_tanh", False, True, True, False): ("Gemma3ForCausalLM", "gemma3_text"),
 }
 _SIZES = {
     "num_layers": "num_hidden_layers", "width": "hidden_size", "mlp_width": "intermediate_size", "num_heads": "num_attention_heads",
@@ -197,16 +211,16 @@ def from_model_config(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ValueError: no architecture known here describes the model; it says which of the model's values the nearest one can not have.
     """
-    named = _NAMES.get((config.activation, config.qkv_bias, config.qk_norm, config.post_norms))
+    named = _NAMES.get((config.activation, config.qkv_bias, config.qk_norm, config.post_norms, config.num_experts > 0))
     if named is None:
         raise ValueError(
-            f"no architecture has activation {config.activation!r}, qkv_bias {config.qkv_bias}, qk_norm {config.qk_norm} and post_norms "
-            f"{config.post_norms} together (known are {', '.join(ARCHITECTURES)}): it can not be written as a Hugging Face directory"
+            f"no architecture has activation {config.activation!r}, qkv_bias {config.qkv_bias}, qk_norm {config.qk_norm}, post_norms "
+            f"{config.post_norms} and {config.num_experts} experts together (known are {', '.join(ARCHITECTURES)}): it can not be written as a Hugging Face directory"
         )
     values: dict[str, Any] = {"architectures": [named[0]], "model_type": named[1]}
     values |= {key: getattr(config, field) for field, key in _SIZES.items()}
     values |= {"hidden_act": "silu"} if config.activation == "silu" else {"hidden_act": _GELU, "hidden_activation": _GELU}
-    values |= _scaling(config.rope_scaling) | _layers(config)
+    values |= _scaling(config.rope_scaling) | _layers(config) | _experts(config)
     read = dataclasses.asdict(to_model_config(values))
     if lost := [f"{name} {value!r} (it has {read[name]!r})" for name, value in dataclasses.asdict(config).items() if read[name] != value]:
         raise ValueError(f"{named[0]}, the nearest architecture, can not have {', '.join(lost)}: it can not be written as a Hugging Face directory")
@@ -220,6 +234,13 @@ def _scaling(rope: RopeScaling | None) -> dict[str, Any]:
     if rope.kind == "llama3":
         values |= {"low_freq_factor": rope.low_factor, "high_freq_factor": rope.high_factor, "original_max_position_embeddings": rope.original_context}
     return {"rope_scaling": values}
+
+
+def _experts(config: ModelConfig) -> dict[str, Any]:
+    if not config.num_experts:
+        return {}
+    sizes = {"num_experts": config.num_experts, "num_experts_per_tok": config.experts_per_token, "moe_intermediate_size": config.mlp_width}
+    return sizes | {"norm_topk_prob": config.normalised_experts, "decoder_sparse_step": 1, "mlp_only_layers": []}
 
 
 def _layers(config: ModelConfig) -> dict[str, Any]:

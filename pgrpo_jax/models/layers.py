@@ -9,8 +9,9 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
-from pgrpo_jax.models import lora
+from pgrpo_jax.models import experts, lora
 from pgrpo_jax.models.attention import Attention
 from pgrpo_jax.models.config import ModelConfig
 from pgrpo_jax.models.quantised import Quantised, read, Stored, wide
@@ -95,20 +96,27 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def layer(
-    config: ModelConfig, weights: Mapping[str, Stored], x: chex.Array, angles: tuple[chex.Array, chex.Array], attention: Attention,
+    config: ModelConfig,
+    weights: Mapping[str, Stored],
+    x: chex.Array,
+    angles: tuple[chex.Array, chex.Array],
+    attention: Attention,
+    *,
     adapters: chex.Array | None = None,
-) -> tuple[chex.Array, Any]:  # fmt: skip
-    """One layer: attention, then a gated MLP; both residual, pre-normalised, and post-normalised where the model has those norms.
+    mesh: Mesh | None = None,
+) -> tuple[chex.Array, Any]:
+    """One layer: attention, then a gated MLP or experts; both residual, pre-normalised, and post-normalised where the model has those norms.
 
     Args:
         config: the model's sizes.
         weights: of `parameters.parameter_shapes`, without the axis of layers, in the dtype of x, "output" as one matrix [H·Dh, D]; or of
-            `decoding.lay_out`, which has "query_key_value" [D, Hkv, H/Hkv + 2, Dh] and "gate_up" [D, 2, F] in place of the five matrices
-            they are made of.
+            `decoding.lay_out`, which has "query_key_value" [D, Hkv, H/Hkv + 2, Dh] and "gate_up" [D, 2, F], or "expert_gate_up"
+            [E, D, 2, F], in place of the five matrices they are made of.
         x: [B, T, D].
         angles: of `rotation`.
         attention: what the tokens attend to.
         adapters: [B] int32, which of the model's adapters each row uses; not read where it has at most one.
+        mesh: of `experts.mlp`.
 
     Returns:
         (x after the layer, what `attention` returned beside the attended values).
@@ -128,7 +136,7 @@ def layer(
     attended = attended.reshape(*x.shape[:2], -1)
     output = lora.added(config.lora, weights, "output", attended, linear(attended, weights["output"]), adapters)
     x = checkpoint_name(added(x, output, "post_attention_norm"), MATMUL)
-    return added(x, _mlp(config, weights, norm(x, "mlp_norm"), adapters), "post_mlp_norm"), kept
+    return added(x, _mlp(config, weights, norm(x, "mlp_norm"), adapters, mesh), "post_mlp_norm"), kept
 
 
 def _projected(config: ModelConfig, weights: Mapping[str, Stored], h: chex.Array, adapters: chex.Array | None) -> list[chex.Array]:
@@ -147,10 +155,16 @@ def _projected(config: ModelConfig, weights: Mapping[str, Stored], h: chex.Array
     return [lora.added(config.lora, weights, name, h, part, adapters) for name, part in zip(names, parts, strict=True)]
 
 
-def _mlp(config: ModelConfig, weights: Mapping[str, Stored], h: chex.Array, adapters: chex.Array | None) -> chex.Array:
-    """The gated MLP of normalised activations [B, T, D] (Shazeer 2020, arXiv:2002.05202)."""
+def _mlp(config: ModelConfig, weights: Mapping[str, Stored], h: chex.Array, adapters: chex.Array | None, mesh: Mesh | None) -> chex.Array:
+    """The gated MLP of normalised activations [B, T, D] (Shazeer 2020, arXiv:2002.05202), or each token's experts."""
+
+    def gated(gate: chex.Array, up: chex.Array) -> chex.Array:
+        gate, up = checkpoint_name(gate, MATMUL), checkpoint_name(up, MATMUL)
+        return (jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up
+
+    if config.num_experts:
+        return experts.mlp(config, weights, h, gated, mesh)
     names = ("gate", "up")
     parts = jnp.moveaxis(linear(h, weights["gate_up"]), 2, 0) if "gate_up" in weights else [linear(h, weights[name]) for name in names]
-    gate, up = [checkpoint_name(lora.added(config.lora, weights, name, h, part, adapters), MATMUL) for name, part in zip(names, parts, strict=True)]
-    hidden = (jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up
+    hidden = gated(*[lora.added(config.lora, weights, name, h, part, adapters) for name, part in zip(names, parts, strict=True)])
     return lora.added(config.lora, weights, "down", hidden, linear(hidden, weights["down"]), adapters)

@@ -20,7 +20,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Any]:
     Returns:
         A tree of float32 `jax.ShapeDtypeStruct`: embedding [V, D], final_norm [D], head [D, V] where the embeddings are not
         tied, and under "layers", stacked over L: attention_norm [L, D], query [L, D, H, Dh], key and value [L, D, Hkv, Dh],
-        output [L, H, Dh, D], mlp_norm [L, D], gate and up [L, D, F], down [L, F, D]; and where the model has them query_bias [L, H, Dh],
+        output [L, H, Dh, D], mlp_norm [L, D], gate and up [L, D, F], down [L, F, D]; with experts, in place of these three, router [L, D, E],
+        expert_gate and expert_up [L, E, D, F], expert_down [L, E, F, D]; and where the model has them query_bias [L, H, Dh],
         key_bias and value_bias [L, Hkv, Dh], query_norm and key_norm [L, Dh], post_attention_norm and post_mlp_norm [L, D], and the adapters of
         `lora.shapes`, behind the axis L.
     """
@@ -32,10 +33,12 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Any]:
         "value": (width, kv_heads, head_dim),
         "output": (heads, head_dim, width),
         "mlp_norm": (width,),
-        "gate": (width, config.mlp_width),
-        "up": (width, config.mlp_width),
-        "down": (config.mlp_width, width),
     }
+    mlp = {"gate": (width, config.mlp_width), "up": (width, config.mlp_width), "down": (config.mlp_width, width)}
+    if config.num_experts:
+        layers |= {"router": (width, config.num_experts)}
+        mlp = {f"expert_{name}": (config.num_experts, *shape) for name, shape in mlp.items()}
+    layers |= mlp
     if config.qkv_bias:
         layers |= {"query_bias": (heads, head_dim), "key_bias": (kv_heads, head_dim), "value_bias": (kv_heads, head_dim)}
     if config.qk_norm:
@@ -54,7 +57,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Any]:
 
 # Where a parameter is cut when a model is spread over devices: for each axis of `parameter_shapes`, the mesh axis that splits it, or None.
 # "tp" (tensor parallelism) cuts heads, hidden units and tokens of the vocabulary; "fsdp" (fully sharded data parallelism, ZeRO 3,
-# arXiv:1910.02054) cuts the residual stream. Norm scales are a few kilobytes, and whole everywhere.
+# arXiv:1910.02054) cuts the residual stream; "expert" (expert parallelism, arXiv:2006.16668) deals out whole experts. Norm scales are a few
+# kilobytes, and whole everywhere.
 SHARDED_AXES: dict[str, tuple[str | None, ...]] = {
     "embedding": ("tp", "fsdp"),  # [V, D]
     "final_norm": (None,),  # [D]
@@ -68,6 +72,10 @@ SHARDED_AXES: dict[str, tuple[str | None, ...]] = {
     "gate": (None, "fsdp", "tp"),  # [L, D, F]
     "up": (None, "fsdp", "tp"),  # [L, D, F]
     "down": (None, "tp", "fsdp"),  # [L, F, D]
+    "router": (None, "fsdp", None),  # [L, D, E]
+    "expert_gate": (None, "expert", "fsdp", "tp"),  # [L, E, D, F]
+    "expert_up": (None, "expert", "fsdp", "tp"),  # [L, E, D, F]
+    "expert_down": (None, "expert", "tp", "fsdp"),  # [L, E, F, D]
     "query_bias": (None, "tp", None),  # [L, H, Dh]
     "key_bias": (None, "tp", None),  # [L, Hkv, Dh]
     "value_bias": (None, "tp", None),  # [L, Hkv, Dh]
@@ -84,7 +92,7 @@ def trainable_shapes(config: ModelConfig) -> dict[str, Any]:
     return lora.trainable(config.lora, parameter_shapes(config))
 
 
-def sharding_faults(config: ModelConfig, *, of: str, fsdp: int, tp: int) -> list[str]:
+def sharding_faults(config: ModelConfig, *, of: str, fsdp: int, tp: int, expert: int = 1) -> list[str]:
     """Returns why a model can not be cut over so many devices, one line for each size that does not divide; empty if it can.
 
     Args:
@@ -92,13 +100,17 @@ def sharding_faults(config: ModelConfig, *, of: str, fsdp: int, tp: int) -> list
         of: what has these devices, as its keys begin: "learner.mesh".
         fsdp: devices that share the residual stream's axis of each parameter.
         tp: devices that share heads, hidden units and vocabulary.
+        expert: devices that share the experts.
     """
+    if expert > 1 and not config.num_experts:
+        return [f"{of}.expert = {expert}, but the model is dense, it has no experts to deal out: set it to 1, and {of}.fsdp to more"]
     sizes = {
         "width": (config.width, "fsdp", fsdp),
         "num_heads": (config.num_heads, "tp", tp),
         "num_kv_heads": (config.num_kv_heads, "tp", tp),
         "mlp_width": (config.mlp_width, "tp", tp),
         "vocab_size": (config.vocab_size, "tp", tp),
+        "num_experts": (config.num_experts, "expert", expert),
     }
     return [
         f"the model's {name} = {size} is not divisible by {of}.{axis} = {parts}: set it to a divisor, {_divisors(size)}"

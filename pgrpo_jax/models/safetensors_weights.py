@@ -78,10 +78,11 @@ def _opened(directory: pathlib.Path, config: ModelConfig) -> Iterator[tuple[dict
         found = {name: opened.get_slice(name) for name, opened in files.items() if not _idle(name, config)}
         if wrong := sorted({f"{name} is {tensor.get_dtype()}" for name, tensor in found.items() if tensor.get_dtype() not in _READ}):
             raise ValueError(f"tensors of {directory} are of types that are not read: {', '.join(wrong[:3])}; use a file in {', '.join(DTYPES)}")
-        places = families.placements(families.hugging_face_rules(config), config)
         try:
-            if config.num_layers > len(found):  # keeps the account below from growing with a lie
-                raise ValueError(f"num_layers is {config.num_layers}, the files have only {len(found)} tensors")
+            if config.num_layers * max(1, config.num_experts) > len(found):  # or the account would grow with a lie
+                of_experts = f" with num_experts {config.num_experts}" if config.num_experts else ""
+                raise ValueError(f"num_layers is {config.num_layers}{of_experts}, the files have only {len(found)} tensors")
+            places = families.placements(families.hugging_face_rules(config), config)
             families.settle({name: tuple(tensor.get_shape()) for name, tensor in found.items()}, places)
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from None
@@ -141,11 +142,14 @@ def load(directory: pathlib.Path, config: ModelConfig, shardings: Any = None) ->
 def _piece(files: Mapping[str, Any], sources: list[tuple[str, families.Placement]], shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
     """Reads a part of one parameter: float32, of `shape` cut by `index`."""
     spans = [range(size)[cut] for size, cut in zip(shape, index, strict=True)]
-    if sources[0][1].layer is None:
+    stacked = len(sources[0][1].row)
+    if not stacked:
         return _finite(*sources[0], files, spans)
     out = np.empty([len(span) for span in spans], np.float32)
-    for row, (name, place) in enumerate(sources[spans[0].start : spans[0].stop]):
-        out[row] = _finite(name, place, files, spans[1:])
+    for name, place in sources:
+        if all(row in span for row, span in zip(place.row, spans)):
+            at = tuple(row - span.start for row, span in zip(place.row, spans))
+            out[at] = _finite(name, place, files, spans[stacked:])
     return out
 
 
@@ -208,8 +212,7 @@ def save(directory: pathlib.Path, config: ModelConfig, params: Any, *, dtype: st
 
 
 def _tensor(params: Any, name: str, place: families.Placement, dtype: str) -> np.ndarray:
-    array = leaf(params, place.rule.path)
-    array = np.asarray(array if place.layer is None else array[place.layer])
+    array = np.asarray(leaf(params, place.rule.path)[place.row])
     with np.errstate(over="ignore"):  # it is looked for below
         written = np.ascontiguousarray(families.from_parameter(array, place).astype(DTYPES[dtype]))
     if not np.isfinite(written).all():

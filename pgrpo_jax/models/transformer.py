@@ -5,6 +5,7 @@ computed once for all its completions, in generation and in training alike. `Tra
 generation/decoding.py writes them out, over weights laid out for it.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, Sequence
@@ -14,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pgrpo_jax.models import attention, layers, quantised
 from pgrpo_jax.models.config import ModelConfig
@@ -68,6 +70,8 @@ def _initialiser(name: str, shape: tuple[int, ...], config: ModelConfig) -> Any:
         return nn.initializers.zeros
     if name.endswith("_lora_a"):
         return _scaled_normal(math.prod(shape[1:-1]))
+    if name.startswith("expert"):
+        return _scaled_normal(shape[1])
     return _scaled_normal(math.prod(shape[:-1]) if name == "output" else config.width if name == "embedding" else shape[0])
 
 
@@ -76,6 +80,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     dtype: Any
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x, contexts, kind, fixed):
@@ -84,12 +89,12 @@ class Block(nn.Module):
         c, (window, place), (masks, places, positions, sequences, angles, adapters) = self.config, kind, fixed
         shapes = {name: spec.shape[1:] for name, spec in parameter_shapes(c)["layers"].items()}
         weights = {name: self.param(name, _initialiser(name, shape, c), shape) for name, shape in shapes.items()}
-        weights = {name: w if "norm" in name else w.astype(self.dtype) for name, w in weights.items()}
+        weights = {name: w if "norm" in name or name == "router" else w.astype(self.dtype) for name, w in weights.items()}
         weights["output"] = weights["output"].reshape(-1, c.width)
         parts = [(k, v, mask[:, None, :], at) for (k, v), mask, at in zip(contexts, masks, places, strict=True)]
         angles = angles if place is None else jax.tree.map(lambda both: jnp.take(both, place, axis=0), angles)
         attended = attention.attention_over(c, parts, positions, window=window, sequences=sequences)
-        return layers.layer(c, weights, x, angles, attended, adapters)
+        return layers.layer(c, weights, x, angles, attended, adapters=adapters, mesh=self.mesh)
 
 
 class Transformer(nn.Module):
@@ -100,11 +105,13 @@ class Transformer(nn.Module):
         dtype: of activations and matmuls; parameters keep their own.
         remat: of `REMAT`, what is computed anew in the backward pass: nothing; all of a layer but what its matmuls with weights lead to, most of
             the arithmetic; or the whole layer from its input.
+        mesh: of `laid_over`; None = one device, or left to the compiler.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: str = "off"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -134,7 +141,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast),
             length=c.num_layers,
-        )(c, self.dtype, name="layers")
+        )(c, self.dtype, self.mesh, name="layers")
         contexts = tuple((s.key_values.keys, s.key_values.values) for s in context)
         kinds, angles = self._kinds(positions, tokens.shape[1] + sum(s.mask.shape[1] for s in context))
         fixed = (tuple(s.mask for s in context), tuple(s.positions for s in context), positions, sequences, angles, adapters)
@@ -153,6 +160,11 @@ class Transformer(nn.Module):
             places = jnp.asarray(np.where(limited > 0, 1, 0), jnp.int32)
             angles = jax.tree.map(lambda *both: jnp.stack(both), angles, layers.rotation(positions, c, self.dtype, local=True))
         return (windows, places), angles
+
+
+def laid_over(model: Transformer, mesh: Mesh | None) -> Transformer:
+    """Returns a model as it runs over a mesh that its parameters lie on: experts exchange tokens there, what is dense is left to the compiler."""
+    return dataclasses.replace(model, mesh=mesh) if mesh is not None and mesh.size > 1 and model.config.num_experts else model
 
 
 def embed(config: ModelConfig, x: chex.Array) -> chex.Array:

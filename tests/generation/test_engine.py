@@ -344,6 +344,7 @@ def test_caches_become_narrow_again_when_old_completions_have_made_room(monkeypa
 def rounded(params, storage):
     """Parameters as they come back from storage: each output of a matrix, each token of a table, is a vector with a scale."""
     axes = {"query": (1,), "key": (1,), "value": (1,), "output": (1, 2), "gate": (1,), "up": (1,), "down": (1,)}
+    axes |= {"expert_gate": (2,), "expert_up": (2,), "expert_down": (2,)}
 
     def there_and_back(x, along):
         if storage == "bfloat16":
@@ -361,6 +362,14 @@ def test_stored_weights_are_those_that_come_back(storage):
     out = generate(PROMPTS, what)
     np.testing.assert_allclose(out.log_probs, uncached(TINY, rounded(PARAMS, storage), PROMPTS, out), atol=2e-5)
     assert np.abs(out.log_probs - uncached(TINY, PARAMS, PROMPTS, out)).max() > 1e-3
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+def test_stored_experts_are_those_that_come_back_and_routers_are_exact(storage):
+    config = dataclasses.replace(CONFIG, num_experts=4, experts_per_token=2, normalised_experts=True)
+    model, params = transformer.Transformer(config), draw_params(config)
+    out = generate(PROMPTS, settings(max_new_tokens=20, stop_ids=(), weights=storage, slots=4), model=model, params=params)
+    np.testing.assert_allclose(out.log_probs, uncached(model, rounded(params, storage), PROMPTS, out), atol=2e-5)
 
 
 @pytest.mark.parametrize("storage, nearest, farthest", [("bfloat16", 1e-4, 0.1), ("int8", 1e-3, 0.3)])

@@ -139,7 +139,7 @@ def write(path, name, config, parameters, *, extra=None, tensors=None):
     written = {}
     for source, place in families.placements(families.hugging_face_rules(config), config).items():
         parameter = leaf(parameters, place.rule.path)
-        tensor = families.from_parameter(parameter if place.layer is None else parameter[place.layer], place)
+        tensor = families.from_parameter(parameter[place.row], place)
         if name == "llama" and ("q_proj" in source or "k_proj" in source):
             tensor = permuted(tensor, 4 if "q_proj" in source else 2)
         if name.startswith("gemma") and source.endswith("norm.weight"):

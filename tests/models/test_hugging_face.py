@@ -40,6 +40,12 @@ QWEN_3_1_7B = {
 QWEN_3_8B = {
     **QWEN_3_1_7B, "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_hidden_layers": 36, "tie_word_embeddings": False,
 }  # fmt: skip
+QWEN_3_30B_A3B = {
+    **QWEN_3_1_7B, "architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 1, "max_window_layers": 48, "mlp_only_layers": [],
+    "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128,
+    "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False, "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": False,
+}  # fmt: skip
 GEMMA_2B = {
     "architectures": ["GemmaForCausalLM"], "attention_bias": False, "head_dim": 256, "hidden_act": "gelu", "hidden_activation": None,
     "hidden_size": 2048, "intermediate_size": 16384, "max_position_embeddings": 8192, "model_type": "gemma", "num_attention_heads": 8,
@@ -60,7 +66,7 @@ GEMMA_3_1B = {
 }  # fmt: skip
 PARAMETERS = {
     "LLAMA_3_2_1B": 1_235_814_400, "QWEN_2_5_HALF_B": 494_032_768, "QWQ_32B": 32_763_876_352, "QWEN_3_1_7B": 1_720_574_976, "QWEN_3_8B": 8_190_735_360,
-    "GEMMA_2B": 2_506_172_416, "GEMMA_2_2B": 2_614_341_888, "GEMMA_3_1B": 999_885_952,
+    "QWEN_3_30B_A3B": 30_532_122_624, "GEMMA_2B": 2_506_172_416, "GEMMA_2_2B": 2_614_341_888, "GEMMA_3_1B": 999_885_952,
 }  # fmt: skip
 
 
@@ -75,7 +81,10 @@ def test_what_sets_the_families_apart():
     assert read["LLAMA_3_2_1B"].rope_scaling == RopeScaling(kind="llama3", factor=32.0, low_factor=1.0, high_factor=4.0, original_context=8192)
     assert read["LLAMA_3_2_1B"].rope_theta == 5e5 and read["LLAMA_3_2_1B"].norm_epsilon == 1e-5
     assert {name for name, config in read.items() if config.qkv_bias} == {"QWEN_2_5_HALF_B", "QWQ_32B"}
-    assert {name for name, config in read.items() if config.qk_norm} == {"QWEN_3_1_7B", "QWEN_3_8B", "GEMMA_3_1B"}
+    assert {name for name, config in read.items() if config.qk_norm} == {"QWEN_3_1_7B", "QWEN_3_8B", "QWEN_3_30B_A3B", "GEMMA_3_1B"}
+    assert {name for name, config in read.items() if config.num_experts} == {"QWEN_3_30B_A3B"}
+    moe = read["QWEN_3_30B_A3B"]
+    assert (moe.mlp_width, moe.num_experts, moe.experts_per_token, moe.normalised_experts) == (768, 128, 8, True)
     assert {name for name, config in read.items() if config.post_norms} == {"GEMMA_2_2B", "GEMMA_3_1B"}
     gemmas = {"GEMMA_2B", "GEMMA_2_2B", "GEMMA_3_1B"}
     for name, config in read.items():
@@ -120,6 +129,32 @@ def test_layers_may_be_named_one_by_one():
 def test_what_is_not_computed_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         hugging_face.to_model_config({**LLAMA_3_2_1B, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(decoder_sparse_step=2), "decoder_sparse_step is 2, must be 1 or absent: the transformer does not compute it"),
+        (dict(mlp_only_layers=[0]), r"mlp_only_layers is \[0\], must be \[\] or absent"),
+        (dict(num_experts=None), "num_experts is missing"),
+        (dict(num_experts=0), r"experts_per_token is 8, must be in \[0, num_experts = 0\]"),
+        (dict(num_experts_per_tok=0), r"experts_per_token is 0, must be in \[1, num_experts = 128\]: a token goes through some"),
+        (dict(num_experts_per_tok=129), r"experts_per_token is 129, must be in \[1, num_experts = 128\]"),
+        (dict(num_experts=-1), r"num_experts is -1, must be a whole number in \[0, "),
+        (dict(norm_topk_prob=1), "norm_topk_prob is 1, must be of type bool"),
+        (dict(moe_intermediate_size=None), "moe_intermediate_size is missing"),
+        (dict(use_sliding_window=True), "sliding_window is missing"),
+    ],
+)
+def test_what_qwen_3_moe_does_not_have_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        hugging_face.to_model_config({**QWEN_3_30B_A3B, **changes})
+
+
+def test_experts_under_the_name_of_transformers_5_and_windows_in_every_layer():
+    renamed = {name.replace("num_experts", "num_local_experts") if name == "num_experts" else name: x for name, x in QWEN_3_30B_A3B.items()}
+    assert hugging_face.to_model_config(renamed) == hugging_face.to_model_config(QWEN_3_30B_A3B)
+    assert hugging_face.to_model_config({**renamed, "use_sliding_window": True, "sliding_window": 9}).windows == (9,) * 48
 
 
 @pytest.mark.parametrize(

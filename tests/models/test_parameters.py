@@ -40,3 +40,12 @@ def test_what_families_add():
     for field, shapes in more.items():
         found = parameter_shapes(ModelConfig(**{**SIZES, field: True}))["layers"]
         assert {name: spec.shape for name, spec in found.items() if name not in plain} == shapes
+
+
+def test_experts_take_the_place_of_the_mlp():
+    plain = parameter_shapes(ModelConfig(**SIZES))["layers"]
+    found = parameter_shapes(ModelConfig(**SIZES, num_experts=5, experts_per_token=2))["layers"]
+    assert plain.keys() - found.keys() == {"gate", "up", "down"}
+    assert {name: spec.shape for name, spec in found.items() if name not in plain} == {
+        "router": (3, 24, 5), "expert_gate": (3, 5, 24, 40), "expert_up": (3, 5, 24, 40), "expert_down": (3, 5, 40, 24)
+    }  # fmt: skip

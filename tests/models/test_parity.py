@@ -33,10 +33,19 @@ CASES = {
     "qwen2, tied, windows": ("Qwen2", dict(tie_word_embeddings=True, use_sliding_window=True, sliding_window=5, max_window_layers=1)),
     "qwen3": ("Qwen3", {}),
     "qwen3, tied": ("Qwen3", dict(tie_word_embeddings=True, num_key_value_heads=3, head_dim=10)),
+    "qwen3 moe": ("Qwen3Moe", dict(moe_intermediate_size=24, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True)),
+    "qwen3 moe, tied, shares as they are, odd sizes": (
+        "Qwen3Moe", dict(hidden_size=45, moe_intermediate_size=13, num_experts=7, num_experts_per_tok=3, tie_word_embeddings=True, head_dim=10),
+    ),
+    "qwen3 moe, every expert, windows": (
+        "Qwen3Moe",
+        dict(moe_intermediate_size=9, num_experts=3, num_experts_per_tok=3, norm_topk_prob=True, use_sliding_window=True, sliding_window=6),
+    ),
     "gemma": ("Gemma", {}),
     "gemma2": ("Gemma2", dict(sliding_window=6, query_pre_attn_scalar=12, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, num_hidden_layers=4)),
     "gemma3": ("Gemma3", dict(sliding_window=7, query_pre_attn_scalar=20, num_hidden_layers=7, rope_parameters=ROPES)),
 }
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}  # PyTorch's fast matmul of experts takes multiples of 16 bytes only
 TOKENS = 40  # of a text: longer than every window
 
 
@@ -51,7 +60,7 @@ def pair(request, tmp_path_factory):
     if name == "Qwen2":  # which has width / heads
         del sizes["head_dim"]
     config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")(**sizes)
-    model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
+    model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, **EAGER).eval()
     draw = torch.Generator().manual_seed(len(request.param))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -60,6 +69,15 @@ def pair(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     model.save_pretrained(directory)
     return model, directory
+
+
+def saved(name, tensor):
+    """A parameter of theirs under the names that it is saved as: experts, which they hold together, one by one."""
+    if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return [(name, tensor)]
+    prefix, kind = name.rsplit(".", 1)
+    parts = {"down_proj": tensor} if kind == "down_proj" else dict(zip(("gate_proj", "up_proj"), np.split(tensor, 2, axis=1)))
+    return [(f"{prefix}.{expert}.{part}.weight", matrix[expert]) for part, matrix in parts.items() for expert in range(len(matrix))]
 
 
 def ours(directory, dtype=jnp.float32):
@@ -90,8 +108,10 @@ def test_logits(pair):
     assert np.abs(found - expected).max() <= 1e-4
     half = np.asarray(jax.jit(logits, static_argnums=0)(transformer.Transformer(model.config, dtype=jnp.bfloat16), params, tokens))
     # each layer rounds some ten times on the way to the logits, by up to 2**-9 of the number each
-    errors = (half - expected) / np.abs(expected).max()
-    assert 0 < np.sqrt((errors**2).mean()) <= 2**-9 * np.sqrt(12 * model.config.num_layers) * 2
+    errors = np.sqrt((((half - expected) / np.abs(expected).max()) ** 2).mean(axis=-1))  # of each token
+    # where a router was nearly undecided the rounded token takes another expert, and those that attend to it see another token
+    error = np.median(errors) if 1 < model.config.num_experts > model.config.experts_per_token else np.sqrt((errors**2).mean())
+    assert 0 < error <= 2**-9 * np.sqrt(12 * model.config.num_layers) * 2
 
 
 def test_gradients(pair):
@@ -104,7 +124,7 @@ def test_gradients(pair):
     theirs.zero_grad()
     scores = torch.log_softmax(theirs(torch.tensor(tokens, dtype=torch.long)).logits, dim=-1)[:, :-1]
     torch.gather(scores, 2, torch.tensor(tokens[:, 1:, None], dtype=torch.long)).mean().backward()
-    expected = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
+    expected = {part: gradient for name, parameter in theirs.named_parameters() for part, gradient in saved(name, parameter.grad.numpy())}
 
     def mean(params):
         scores = jax.nn.log_softmax(logits(model, params, tokens)[:, :-1], axis=-1)
@@ -114,8 +134,7 @@ def test_gradients(pair):
     places = families.placements(families.hugging_face_rules(model.config), model.config)
     assert places.keys() == expected.keys() - {"lm_head.weight"} | ({"lm_head.weight"} & places.keys())
     for name, place in places.items():
-        gradient = leaf(found, place.rule.path)
-        gradient = families.from_parameter(np.asarray(gradient if place.layer is None else gradient[place.layer]), place)
+        gradient = families.from_parameter(np.asarray(leaf(found, place.rule.path)[place.row]), place)
         assert np.abs(expected[name]).max() > 0
         assert np.linalg.norm(gradient - expected[name]) <= 1e-3 * np.linalg.norm(expected[name]), name
 
@@ -151,7 +170,7 @@ def test_a_directory_comes_back_bit_for_bit(pair, tmp_path):
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         np.testing.assert_array_equal(tensor, after[name], strict=True)
-    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **EAGER).eval()
     tokens = torch.tensor(text(model), dtype=torch.long)
     with torch.no_grad():
         assert torch.equal(back(tokens).logits, theirs(tokens).logits)

@@ -99,6 +99,69 @@ def test_devices_read_what_they_hold(fsdp, tp, tmp_path, monkeypatch):
     check(jax.device_get(params), of)
 
 
+E = 4
+MOE = {
+    **CONFIG, "architectures": ["Qwen3MoeForCausalLM"], "num_experts": E, "num_experts_per_tok": 2, "moe_intermediate_size": F, "intermediate_size": 99,
+}  # fmt: skip
+
+
+def of_experts(dtype=np.float32):
+    """What transformers would save for a Qwen 3 MoE, random."""
+    kept = {name: tensor.astype(dtype) for name, tensor in tensors().items() if "bias" not in name and "mlp" not in name}
+    rng = np.random.default_rng(1)
+    for layer in range(L):
+        shapes = {"mlp.gate.weight": (E, D), "self_attn.q_norm.weight": (DH,), "self_attn.k_norm.weight": (DH,)}
+        for expert in range(E):
+            shapes |= {f"mlp.experts.{expert}.{name}_proj.weight": (D, F) if name == "down" else (F, D) for name in ("gate", "up", "down")}
+        kept |= {f"model.layers.{layer}.{name}": rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    return kept
+
+
+@pytest.mark.parametrize("sizes", [None, dict(expert=2, fsdp=2, tp=2), dict(expert=4)])
+def test_devices_read_the_experts_they_hold(sizes, tmp_path, monkeypatch):
+    of = of_experts()
+    directory = write(tmp_path, of, files=3, config=MOE)
+    config = weights.read_config(directory)
+    read, original = [], safetensors_weights._read
+    monkeypatch.setattr(safetensors_weights, "_read", lambda tensor, place, spans: read.append((place, out := original(tensor, place, spans))) or out)
+    mesh = parallel.make_mesh(jax.devices(), **sizes) if sizes else None
+    shardings = parallel.layout(safetensors_weights.parameter_shapes(config), mesh) if sizes else None
+    params = jax.device_get(safetensors_weights.load(directory, config, shardings))["layers"]
+    for layer in range(L):
+        np.testing.assert_array_equal(params["router"][layer], of[f"model.layers.{layer}.mlp.gate.weight"].T)
+        for expert in range(E):
+            for name in ("gate", "up", "down"):
+                tensor = of[f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"]
+                np.testing.assert_array_equal(params[f"expert_{name}"][layer, expert], tensor.T)
+    parts = [part.size for place, part in read if place.rule.path[-1].startswith("expert")]
+    cut = (sizes or {}).get("fsdp", 1) * (sizes or {}).get("tp", 1)
+    assert set(parts) == {D * F // cut}
+    copies = 8 // (cut * sizes["expert"]) if sizes else 1
+    assert sum(parts) == 3 * L * E * D * F * copies, "each device reads its own experts, and no others"
+
+
+def test_experts_are_written_as_they_were_read(tmp_path):
+    of = of_experts(ml_dtypes.bfloat16)
+    config, params = weights.load(write(tmp_path / "a", of, config=MOE))
+    (tmp_path / "b").mkdir()
+    safetensors_weights.save(tmp_path / "b", config, jax.tree.map(jnp.asarray, params), dtype="bfloat16")
+    found = safetensors.numpy.load_file(tmp_path / "b" / "model.safetensors")
+    assert found.keys() == of.keys()
+    assert all(found[name].tobytes() == tensor.tobytes() for name, tensor in of.items())
+
+
+@pytest.mark.parametrize("changes", [dict(num_experts=2**31 - 1), dict(num_hidden_layers=2**30)])
+def test_sizes_that_lie_are_refused_at_once(changes, tmp_path):
+    with pytest.raises(ValueError, match=r"num_layers is \d+ with num_experts \d+, the files have only"):
+        weights.load(write(tmp_path, of_experts(), config={**MOE, **changes}))
+
+
+@pytest.mark.parametrize("change, message", [(5, r"missing \(9\): model.layers.0.mlp.experts.4.gate_proj"), (3, r"unexpected \(9\): .*wrong shape")])
+def test_another_number_of_experts_is_refused(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        weights.load(write(tmp_path, of_experts(), config={**MOE, "num_experts": change}))
+
+
 def test_peak_memory_is_the_largest_piece(tmp_path):
     """16 MB of embedding on eight devices are 2 MB each: beyond what stays, the file's slice, a copy of it and what looks for numbers that are not finite."""
     of = tensors()

@@ -290,6 +290,13 @@ def test_remat_keeps_less_and_gives_the_same_gradient():
     assert matmuls == {"off": 18, "keep_matmuls": 20, "keep_nothing": 26}
 
 
+def test_experts_are_drawn_each_by_its_own_fan_in():
+    config = ModelConfig(**{**TINY, "width": 64, "mlp_width": 128, "num_experts": 5, "experts_per_token": 2})
+    drawn = transformer.initialise(transformer.Transformer(config), jax.random.key(8))["layers"]
+    for name, size in {"router": 64, "expert_gate": 64, "expert_up": 64, "expert_down": 128}.items():
+        np.testing.assert_allclose(np.std(drawn[name]), size**-0.5, rtol=0.1)
+
+
 def test_initialisation_has_the_documented_tree_and_scale():
     config = ModelConfig(**{**TINY, "width": 64, "mlp_width": 128, "vocab_size": 301, "tied_embeddings": False})
     params = transformer.initialise(transformer.Transformer(config), jax.random.key(8))
