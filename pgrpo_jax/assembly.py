@@ -5,48 +5,28 @@ import functools
 import hashlib
 import itertools
 import math
-import zlib
 from typing import Any, Mapping, Sequence
 
 from etils import epath
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pgrpo_jax import algorithm_settings, kl_control, parallel, settings
 from pgrpo_jax.actor import Actor, Sizes
 from pgrpo_jax.algorithms import memory
+from pgrpo_jax.base_policy import Base
 from pgrpo_jax.buckets import bucket_length
 from pgrpo_jax.checkpoints import Checkpoints
 from pgrpo_jax.learner import Learner
 from pgrpo_jax.models import tokenizer as tokenizers
-from pgrpo_jax.models import lora, transformer, weights
-from pgrpo_jax.models.parameters import sharding_faults, trainable_shapes
+from pgrpo_jax.models import transformer, weights
+from pgrpo_jax.models.parameters import frozen_shapes, sharding_faults, trainable_shapes
 from pgrpo_jax.tasks import arms, curated, difficulty, mixture, Task
 from pgrpo_jax.train_state import initial_state
 from pgrpo_jax.verifiers import Judge
 from pgrpo_jax.verifiers.rewards import RewardPool
 
 SPLITS = ("train", "test")
-
-
-@dataclasses.dataclass(frozen=True)
-class Base:
-    """The policy before training.
-
-    Attributes:
-        model: the network, as actors and evaluation run it.
-        params: what is trained of its parameters; None in an actor process, which is sent them.
-        frozen: what is not, on the host: the model that adapters are added to; {} = all are trained.
-        tokenizer: its tokenizer and chat template.
-        sha256: digest of the file the parameters come from; "random" without one.
-    """
-
-    model: transformer.Transformer
-    params: Any
-    frozen: dict[str, Any]
-    tokenizer: tokenizers.Tokenizer
-    sha256: str
 
 
 def load_task(config: Any) -> Task:
@@ -110,20 +90,19 @@ def check_task(task: Task, *, num_held_out: int) -> None:
         )
 
 
-def load_base(config: Any, task: Task, *, parameters: bool = True) -> Base:
-    """Loads the tokenizer, checks that every prompt fits, and only then loads (or draws) the parameters.
+def load_base(config: Any, task: Task) -> Base:
+    """Loads the tokenizer, and checks that every prompt fits and that the model can be cut; no parameter is read yet.
 
     Args:
         config: every key of configs/base.py.
         task: its prompts are checked.
-        parameters: False where what is trained comes from elsewhere (an actor process); `params` is then None.
 
     Raises:
         ValueError: a prompt is longer than the largest bucket, bucket and answer exceed the model's context, or the model can not be
             cut over the devices of learner.mesh or actor.tp.
         FileNotFoundError: there is no model file.
     """
-    path, dtype = config.model.path, jnp.dtype(config.model.dtype)
+    path = config.model.path
     tokenizer = tokenizers.load(path) if path else tokenizers.ByteTokenizer()
     model_config = weights.read_config(path) if path else settings.random_model(config, tokenizer.vocab_size)
     _check_lengths(config, task, tokenizer, model_config.context_length)
@@ -132,35 +111,8 @@ def load_base(config: Any, task: Task, *, parameters: bool = True) -> Base:
     faults += sharding_faults(model_config, of="actor", fsdp=1, tp=config.actor.tp)
     if faults:
         raise ValueError("\n".join(faults))
-    model = transformer.Transformer(dataclasses.replace(model_config, lora=settings.adapters(config)), dtype=dtype)
-    frozen = _frozen(load_params(config, model), dtype) if model.config.lora is not None else {}
-    params = untrained(config, model) if parameters else None
-    return Base(model=model, params=params, frozen=frozen, tokenizer=tokenizer, sha256=weights.digest(path) if path else "random")
-
-
-def untrained(config: Any, model: transformer.Transformer) -> Any:
-    """Returns what is trained of the policy, as it is before the first update: adapters that change nothing, or all its parameters."""
-    if model.config.lora is None:
-        return load_params(config, model)
-    key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(b"lora"))
-    return lora.initial(model.config.lora, trainable_shapes(model.config), key)
-
-
-def _frozen(params: Any, dtype: Any) -> dict[str, Any]:
-    """Parameters as they are computed with: no update will need more digits of them."""
-
-    def kept(path: Any, leaf: Any) -> np.ndarray:
-        return np.asarray(leaf) if "norm" in path[-1].key or path[-1].key == "router" else np.asarray(leaf).astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(kept, params)
-
-
-def load_params(config: Any, model: transformer.Transformer) -> Any:
-    """Returns the parameters of a model without adapters: from its file, on the host (a device may not hold them all), or drawn."""
-    if config.model.path:
-        return weights.load(config.model.path)[1]
-    bare = dataclasses.replace(model, config=dataclasses.replace(model.config, lora=None))
-    return transformer.initialise(bare, jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(b"model.random")))
+    model = transformer.Transformer(dataclasses.replace(model_config, lora=settings.adapters(config)), dtype=jnp.dtype(config.model.dtype))
+    return Base(model=model, tokenizer=tokenizer, path=path, seed=config.seed, sha256=weights.digest(path) if path else "random")
 
 
 def _check_lengths(config: Any, task: Task, tokenizer: tokenizers.Tokenizer, context_length: int) -> None:
@@ -198,7 +150,7 @@ def make_actor(config: Any, base: Base, task: Task, rewards: Judge, *, frozen: M
         base: the policy before training.
         task: prompts.
         rewards: judges the answers.
-        frozen: `base.frozen` on the actor's devices; {} where the weights that it is handed are complete.
+        frozen: `base.frozen()` on the actor's devices; {} where the weights that it is handed are complete.
     """
     return Actor(
         model=base.model,
@@ -232,8 +184,10 @@ def make_learner(config: Any, base: Base, checkpoints: Checkpoints, *, devices: 
     kernel = parallel.advantage_kernel(estimator, used, num_prompts=options.oversample * config.prompts_per_step)
     history = memory.init(estimator.memory, options.num_preference_groups, jnp.float32, num_components=len(options.components) or None)
     refreshed = options.kl.coefficient > 0 and options.kl.refresh > 0
+    shardings, frozen_shardings = (parallel.layout(shapes(base.model.config), mesh) for shapes in (trainable_shapes, frozen_shapes))
+    policy, frozen = base.trainable(shardings), base.frozen(frozen_shardings)
     state = initial_state(
-        base.params, history, options.optimiser, mesh,
+        policy, history, options.optimiser, mesh,
         objective=kl_control.initial(options.kl, options.num_preference_groups), keep_reference=refreshed,
     )  # fmt: skip
     return Learner(
@@ -241,11 +195,11 @@ def make_learner(config: Any, base: Base, checkpoints: Checkpoints, *, devices: 
         state,
         advantage_kernel=kernel,
         settings=options,
-        reference=(base.frozen or base.params) if options.kl.coefficient > 0 and not refreshed else None,
-        load_base=functools.partial(untrained, config, base.model),
+        reference=(frozen or policy) if options.kl.coefficient > 0 and not refreshed else None,
+        load_base=functools.partial(base.trainable, shardings),
         mesh=mesh,
         checkpoints=checkpoints,
-        frozen=base.frozen,
+        frozen=frozen,
     )
 
 

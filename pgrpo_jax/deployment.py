@@ -13,6 +13,7 @@ from etils import epath
 
 from pgrpo_jax import assembly, compile_cache, parallel, placement, preemption
 from pgrpo_jax.actor import Actor
+from pgrpo_jax.base_policy import Base
 from pgrpo_jax.checkpoints import Checkpoints
 from pgrpo_jax.engines import Engine
 from pgrpo_jax.engines.inline import InlineEngine
@@ -21,7 +22,7 @@ from pgrpo_jax.engines.threads import ThreadsEngine
 from pgrpo_jax.exchange import CollectiveStop, Exchange
 from pgrpo_jax.learner import Learner
 from pgrpo_jax.models import lora
-from pgrpo_jax.models.parameters import trainable_shapes
+from pgrpo_jax.models.parameters import frozen_shapes, trainable_shapes
 from pgrpo_jax.parameter_server import ParameterServer
 from pgrpo_jax.preemption import Stop
 from pgrpo_jax.record import differences
@@ -215,15 +216,15 @@ def build_actor(config: Any, workdir: epath.Path) -> tuple[Actor, Any]:
     """Makes the actor in an actor process; returns it and what its weights look like there. Its rewards end with the process."""
     compile_cache.use(config.compile_cache, workdir=workdir)
     task = assembly.load_task(config)
-    base = assembly.load_base(config, task, parameters=False)
+    base = assembly.load_base(config, task)
     held = functools.partial(parallel.actor_shardings, model=base.model.config, devices=jax.local_devices()[: config.actor.tp])
-    frozen = parallel.place(base.frozen, jax.tree.map(lambda like: like.sharding, held(base.frozen)))
+    frozen = base.frozen(jax.tree.map(lambda like: like.sharding, held(frozen_shapes(base.model.config))))
     actor = assembly.make_actor(config, base, task, assembly.make_rewards(config), frozen=frozen)
     published = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.weights.dtype), trainable_shapes(base.model.config))
     return actor, held(published)
 
 
-def _local_learner(wanted: _Wanted, *, devices: Sequence[jax.Device] | None) -> tuple[Task, assembly.Base, Learner]:
+def _local_learner(wanted: _Wanted, *, devices: Sequence[jax.Device] | None) -> tuple[Task, Base, Learner]:
     config, stop = wanted.config, wanted.stop
     placement.check_devices(config, num_devices=len(devices or jax.devices()))
     task = assembly.load_task(config)
@@ -235,7 +236,7 @@ def _local_learner(wanted: _Wanted, *, devices: Sequence[jax.Device] | None) -> 
     return task, base, assembly.make_learner(config, base, checkpoints, devices=devices)
 
 
-def _local_actor(wanted: _Wanted, base: assembly.Base, task: Task, *, frozen: Mapping[str, Any] = {}) -> Actor:
+def _local_actor(wanted: _Wanted, base: Base, task: Task, *, frozen: Mapping[str, Any] = {}) -> Actor:
     rewards = assembly.make_rewards(wanted.config)
     wanted.resources.callback(rewards.close)
     return assembly.make_actor(wanted.config, base, task, rewards, frozen=frozen)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from pgrpo_jax import assembly, parallel, placement, settings
+from pgrpo_jax.base_policy import Base
 from pgrpo_jax.checkpoints import Checkpoints
 from pgrpo_jax.learner import Learner
 from pgrpo_jax.models import lora
@@ -28,7 +29,7 @@ class Saved:
     """
 
     config: Any
-    base: assembly.Base
+    base: Base
     learner: Learner
     directory: RunDirectory
 
@@ -73,7 +74,7 @@ def policy_of(learner: Learner) -> Any:
     return lora.joined(learner.frozen, learner.state.trainable)
 
 
-def published(config: Any, base: assembly.Base, params: Any) -> Any:
+def published(config: Any, base: Base, params: Any) -> Any:
     """Returns a policy as actors hold it: on an actor's devices, what is trained in the type in which a learner publishes it.
 
     Args:
@@ -86,7 +87,7 @@ def published(config: Any, base: assembly.Base, params: Any) -> Any:
     return parallel.localise(jax.tree.map(jnp.asarray, rounded), model=base.model.config, devices=jax.local_devices()[: config.actor.tp])
 
 
-def adapter_of(base: assembly.Base, task: Task, preference_id: int | None) -> int:
+def adapter_of(base: Base, task: Task, preference_id: int | None) -> int:
     """Returns the adapter that answers a preference group: 0 where one policy answers everybody.
 
     Raises:

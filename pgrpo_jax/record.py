@@ -58,7 +58,7 @@ def record(
             rewards = assembly.make_rewards(config)
             resources.callback(rewards.close)
             actor = assembly.make_actor(config, base, task, rewards)
-            weights = policies.published(config, base, lora.joined(base.frozen, base.params))
+            weights = policies.published(config, base, lora.joined(base.frozen(), base.trainable()))
             directory.write_config(settings.flat(config))
             for step in range(config.num_steps):
                 _step(config, actor, weights, directory, step, stop, say)

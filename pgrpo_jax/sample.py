@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from pgrpo_jax import assembly, policies, settings
+from pgrpo_jax.base_policy import Base
 from pgrpo_jax.generation import engine as generation
 from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.models import lora
@@ -171,10 +172,10 @@ def held_out(task: Task, preference_id: int | None, count: int) -> list[Prompt]:
 
 def _respondent(
     config: Any, identity: Mapping[str, Any], workdir: epath.PathLike | None, options: Options, task: Task, note: Callable[[str], None]
-) -> tuple[assembly.Base, Respondent]:  # fmt: skip
+) -> tuple[Base, Respondent]:  # fmt: skip
     if options.base or workdir is None:
         base = assembly.load_base(config, task)
-        params, who = lora.joined(base.frozen, base.params), f"the untrained policy ({config.model.path or 'random'})"
+        params, who = lora.joined(base.frozen(), base.trainable()), f"the untrained policy ({config.model.path or 'random'})"
     else:
         saved = policies.restore(config, identity=identity, run=workdir, task=task)
         base, params = saved.base, policies.policy_of(saved.learner)

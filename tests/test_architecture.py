@@ -24,7 +24,7 @@ FLOORS = (
     {"train", "evaluate", "deployment", "assembly", "settings", "placement", "metrics", "run_directory", "step_records", "console"}
     | {"report", "report_sections", "report_page", "charts", "alarms", "metric_table", "algorithm_settings"}
     | {"laboratory_charts"}
-    | {"microscope", "microscope_measures", "microscope_charts", "microscope_page", "record", "histories", "policies", "export", "sample"},
+    | {"base_policy", "microscope", "microscope_measures", "microscope_charts", "microscope_page", "record", "histories", "policies", "export", "sample"},
 )
 # importer -> what it may import on its own floor
 SAME_FLOOR = {
@@ -39,8 +39,8 @@ SAME_FLOOR = {
     "gradient_shares": {"update"},
     "histories": {"algorithm_settings", "assembly", "microscope", "policies", "run_directory", "settings"},
     "export": {"assembly", "policies", "settings"},
-    "sample": {"assembly", "policies", "settings"},
-    "policies": {"assembly", "placement", "run_directory", "settings"},
+    "sample": {"assembly", "base_policy", "policies", "settings"},
+    "policies": {"assembly", "base_policy", "placement", "run_directory", "settings"},
     "record": {"assembly", "policies", "settings", "run_directory"},
     "train_state": {"optimiser"},
     "update": {"optimiser"},
@@ -48,9 +48,9 @@ SAME_FLOOR = {
     "settings": {"algorithm_settings"},
     "train": {"deployment", "settings", "evaluate", "step_records", "console", "alarms"},
     "evaluate": {"deployment", "settings", "run_directory", "console"},
-    "deployment": {"assembly", "placement", "record", "run_directory"},
+    "deployment": {"assembly", "base_policy", "placement", "record", "run_directory"},
     "placement": {"settings"},
-    "assembly": {"settings", "algorithm_settings"},
+    "assembly": {"base_policy", "settings", "algorithm_settings"},
     "alarms": {"metrics"},
     "console": {"metrics", "alarms"},
     "report": {"report_sections", "report_page", "run_directory"},

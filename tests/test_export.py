@@ -130,7 +130,7 @@ def test_the_way_back(run, made, tmp_path):
     config = small_config.config(**changes)
     task = assembly.load_task(config)
     base, before = assembly.load_base(config, task), assembly.load_base(run[0], task)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), base.params, trained(run))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), base.trainable(), trained(run))
     assert base.model.config == before.model.config and base.tokenizer.stop_ids == before.tokenizer.stop_ids
     for prompt in task.prompts("test", 0, 5):
         assert base.tokenizer.render_chat(prompt.text) == before.tokenizer.render_chat(prompt.text)
@@ -162,10 +162,10 @@ def test_of_a_random_model_and_back(tmp_path):
     config = small_config.config(generation__prompt_buckets=(64,))
     task = assembly.load_task(config)
     base = assembly.load_base(config, task)
-    export.write(tmp_path, of_model("", base.model.config, base.tokenizer, config), jax.device_get(base.params), dtype="float32")
+    export.write(tmp_path, of_model("", base.model.config, base.tokenizer, config), jax.device_get(base.trainable()), dtype="float32")
     back = assembly.load_base(small_config.config(model__path=str(tmp_path), generation__prompt_buckets=(64,)), task)
     assert back.model.config == base.model.config
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), back.params, jax.device_get(base.params))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), back.trainable(), jax.device_get(base.trainable()))
     for name in ("vocab_size", "bos_id", "eos_id", "pad_id", "stop_ids"):
         assert getattr(back.tokenizer, name) == getattr(base.tokenizer, name)
     for prompt in task.prompts("test", 0, 5):

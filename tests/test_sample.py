@@ -46,7 +46,7 @@ def ask(workdir, lines=(), **options):
 def greedy(params, text, count):
     """The most probable tokens after a prompt of bytes, one whole forward pass for each; what they spell."""
     config = small_config.config(**CHANGES)
-    model = assembly.load_base(config, assembly.load_task(config), parameters=False).model
+    model = assembly.load_base(config, assembly.load_task(config)).model
     ids = [256, *text.encode(), 10]
 
     @jax.jit
@@ -65,7 +65,7 @@ def test_the_checkpoint_answers_and_the_untrained_policy_where_it_is_asked(workd
     config, identity = small_config.config(**CHANGES), small_config.identity(**CHANGES)
     saved = policies.restore(config, identity=identity, run=workdir)
     text, expected = "user 7 likes: a q e", {}
-    for name, params in (("trained", saved.learner.state.trainable), ("base", saved.base.params)):
+    for name, params in (("trained", saved.learner.state.trainable), ("base", saved.base.trainable())):
         expected[name] = greedy(params, text, 6)
     assert expected["trained"] != expected["base"]
     asked = {"prompt": text, "temperature": 0.0, "max_new_tokens": 6}

@@ -1,5 +1,6 @@
 """The parameter tree of a model, and where each parameter is cut when a model is spread over devices."""
 
+import dataclasses
 import functools
 import operator
 from typing import Any, Mapping
@@ -90,6 +91,11 @@ SHARDED_AXES |= lora.cuts(SHARDED_AXES)
 def trainable_shapes(config: ModelConfig) -> dict[str, Any]:
     """Returns what of `parameter_shapes` is trained, published and saved: the adapters where the model has some, else all of it."""
     return lora.trainable(config.lora, parameter_shapes(config))
+
+
+def frozen_shapes(config: ModelConfig) -> dict[str, Any]:
+    """Returns the rest of `parameter_shapes`, what adapters are added to; {} where everything is trained."""
+    return {} if config.lora is None else parameter_shapes(dataclasses.replace(config, lora=None))
 
 
 def sharding_faults(config: ModelConfig, *, of: str, fsdp: int, tp: int, expert: int = 1) -> list[str]:

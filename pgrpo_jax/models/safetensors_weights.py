@@ -8,7 +8,7 @@ is about the largest piece of a parameter on one device.
 import contextlib
 import json
 import pathlib
-from typing import Any, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 import jax
 import ml_dtypes
@@ -105,16 +105,19 @@ def check(directory: pathlib.Path, config: ModelConfig) -> None:
         pass
 
 
-def load(directory: pathlib.Path, config: ModelConfig, shardings: Any = None) -> dict[str, Any]:
+def load(
+    directory: pathlib.Path, config: ModelConfig, shardings: Any = None, dtype_of: Callable[[str], Any] = lambda name: np.float32
+) -> dict[str, Any]:
     """Loads a model.
 
     Args:
         directory: with safetensors under the names of transformers.
         config: the model's sizes.
         shardings: of each parameter, in the tree of `parameter_shapes`; None = NumPy arrays.
+        dtype_of: from a parameter's name to the type it is kept in.
 
     Returns:
-        Parameters in float32: NumPy arrays, or arrays that lie as `shardings` say, of which each process reads what its own devices hold.
+        Parameters: NumPy arrays, or arrays that lie as `shardings` say, of which each process reads what its own devices hold.
 
     Raises:
         FileNotFoundError: as `check`.
@@ -126,11 +129,11 @@ def load(directory: pathlib.Path, config: ModelConfig, shardings: Any = None) ->
             sources.setdefault(place.rule.path, []).append((name, place))
 
         def parameter(path: Any, spec: Any, sharding: Any = None) -> Any:
-            of = sources[tuple(key.key for key in path)]
+            of, dtype = sources[tuple(key.key for key in path)], dtype_of(path[-1].key)
             if sharding is None:
-                return _piece(files, of, spec.shape, (slice(None),) * len(spec.shape))
+                return _piece(files, of, spec.shape, (slice(None),) * len(spec.shape), dtype)
             pieces = [  # one after the other: left to itself JAX would gather those of all devices first
-                jax.block_until_ready(jax.device_put(_piece(files, of, spec.shape, index), device))
+                jax.block_until_ready(jax.device_put(_piece(files, of, spec.shape, index, dtype), device))
                 for device, index in sharding.addressable_devices_indices_map(spec.shape).items()
             ]
             return jax.make_array_from_single_device_arrays(spec.shape, sharding, pieces)
@@ -139,13 +142,13 @@ def load(directory: pathlib.Path, config: ModelConfig, shardings: Any = None) ->
         return jax.tree_util.tree_map_with_path(parameter, parameter_shapes(config), *rest)
 
 
-def _piece(files: Mapping[str, Any], sources: list[tuple[str, families.Placement]], shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-    """Reads a part of one parameter: float32, of `shape` cut by `index`."""
+def _piece(files: Mapping[str, Any], sources: list[tuple[str, families.Placement]], shape: tuple[int, ...], index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    """Reads a part of one parameter, of `shape` cut by `index`."""
     spans = [range(size)[cut] for size, cut in zip(shape, index, strict=True)]
     stacked = len(sources[0][1].row)
     if not stacked:
-        return _finite(*sources[0], files, spans)
-    out = np.empty([len(span) for span in spans], np.float32)
+        return _finite(*sources[0], files, spans).astype(dtype, copy=False)
+    out = np.empty([len(span) for span in spans], dtype)
     for name, place in sources:
         if all(row in span for row, span in zip(place.row, spans)):
             at = tuple(row - span.start for row, span in zip(place.row, spans))

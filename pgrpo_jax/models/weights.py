@@ -2,7 +2,10 @@
 
 import hashlib
 import pathlib
-from typing import Any
+from typing import Any, Callable
+
+import jax
+import numpy as np
 
 from pgrpo_jax.models import gguf_weights, hugging_face, safetensors_weights
 from pgrpo_jax.models.config import ModelConfig
@@ -71,14 +74,19 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
     return config
 
 
-def load(path: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
+def load(
+    path: str | pathlib.Path, shardings: Any = None, dtype_of: Callable[[str], Any] = lambda name: np.float32
+) -> tuple[ModelConfig, dict[str, Any]]:
     """Loads a model.
 
     Args:
         path: as for `locate`.
+        shardings: of each parameter, in the tree of `parameters.parameter_shapes`: a Hugging Face directory is then read straight onto devices, by
+            each process what its own hold. None = onto the host, as a GGUF file always is.
+        dtype_of: from a parameter's name to the type it is kept in.
 
     Returns:
-        The model's sizes, and its parameters as NumPy float32 arrays in the tree of `parameters.parameter_shapes`.
+        The model's sizes, and its parameters in the tree of `parameters.parameter_shapes`: NumPy arrays, or arrays that lie as `shardings` say.
 
     Raises:
         ValueError: as for `read_config`; or a tensor holds a number that is not finite.
@@ -86,6 +94,7 @@ def load(path: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     """
     place = locate(path)
     if not place.is_dir():
-        return gguf_weights.load(place)
+        config, params = gguf_weights.load(place)
+        return config, jax.tree_util.tree_map_with_path(lambda path, leaf: leaf.astype(dtype_of(path[-1].key), copy=False), params)
     config = hugging_face.read_config(place)
-    return config, safetensors_weights.load(place, config)
+    return config, safetensors_weights.load(place, config, shardings, dtype_of)
