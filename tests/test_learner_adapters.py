@@ -9,7 +9,7 @@ import learner_cases as cases
 import numpy as np
 import pytest
 
-from pgrpo_jax import kl_control, parallel
+from pgrpo_jax import batching, kl_control, parallel
 from pgrpo_jax.algorithms import reward_history
 from pgrpo_jax.checkpoints import Checkpoints
 from pgrpo_jax.generation.scoring import score
@@ -18,7 +18,9 @@ from pgrpo_jax.learner import Learner
 from pgrpo_jax.models import lora, transformer
 from pgrpo_jax.models.lora import Lora
 from pgrpo_jax.models.parameters import trainable_shapes
+from pgrpo_jax.parameter_server import publish_shards
 from pgrpo_jax.train_state import initial_state
+from tests.parameter_server.folder_store import FolderStore
 
 pytestmark = pytest.mark.usefixtures("lenient")
 
@@ -117,6 +119,14 @@ def test_what_is_published_and_saved_is_the_adapters(tmp_path):
     np.testing.assert_array_equal(again.versions[0]["layers"]["up_lora_b"], 0)
 
 
+def test_what_is_sent_is_the_adapters(tmp_path):
+    """Counted where bytes leave the learner."""
+    made, store = learner(tmp_path / "run"), FolderStore(tmp_path)
+    publish_shards(store, made.versions[0], version=0, epoch=1)
+    sent = sum((tmp_path / name).stat().st_size for name in store.puts)
+    assert sent == sum(x.nbytes for x in jax.tree.leaves(made.state.trainable)) > 0
+
+
 def test_the_reference_is_the_base_without_adapters(tmp_path):
     """KL at the first update is 0; later it is that of base and adapted policy, as scored apart."""
     made = learner(tmp_path, kl=KLControl(coefficient=0.1))
@@ -136,8 +146,6 @@ def test_the_reference_is_the_base_without_adapters(tmp_path):
 
 
 def cases_batch(units):
-    from pgrpo_jax import batching
-
     return batching.to_train_batch(units, completions_per_prompt=cases.G, pad_id=cases.PAD)
 
 

@@ -223,3 +223,11 @@ def test_published_sizes():
 def test_adapters_that_can_not_be_are_refused(changes, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         Lora(**{"rank": 2, "alpha": 4.0, "targets": ("query",), "num_adapters": 1} | changes)
+
+
+def test_experts_have_no_adapters():
+    sizes = dataclasses.replace(cases.CONFIG, num_experts=4, experts_per_token=2)
+    with pytest.raises(ValueError, match="^lora's targets are 'query up down', experts have no adapters: leave out down, up$"):
+        dataclasses.replace(sizes, lora=Lora(rank=2, alpha=4.0, targets=("query", "up", "down")))
+    beside = dataclasses.replace(sizes, lora=Lora(rank=2, alpha=4.0, targets=("query", "output")))
+    assert {name for name in parameter_shapes(beside)["layers"] if lora.is_adapter(name)} == {f"{name}_lora_{x}" for name in ("query", "output") for x in "ab"}
