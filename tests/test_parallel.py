@@ -19,6 +19,7 @@ from pgrpo_jax import parallel
 from pgrpo_jax.checkpoints import Checkpoints, state_sha256
 from pgrpo_jax.generation.engine import generate, GenerationSettings
 from pgrpo_jax.generation.sampler import Support
+from pgrpo_jax.models import lora
 from pgrpo_jax.models.parameters import parameter_shapes, sharding_faults, SHARDED_AXES
 
 MOE = dataclasses.replace(cases.CONFIG, qk_norm=True, num_experts=4, experts_per_token=2, normalised_experts=True)
@@ -48,13 +49,17 @@ def test_a_mesh_that_does_not_divide_is_refused(fsdp, expert, tp):
 
 def test_the_table_names_every_axis_of_every_parameter():
     every = dataclasses.replace(UNTIED, qkv_bias=True, qk_norm=True, post_norms=True)
-    trees = parameter_shapes(every), parameter_shapes(dataclasses.replace(every, num_experts=4, experts_per_token=2))
+    adapters = lora.Lora(rank=2, alpha=4.0, targets=tuple(lora.TARGETS))
+    changes = ({}, {"num_experts": 4, "experts_per_token": 2}, {"lora": adapters})
+    trees = [parameter_shapes(dataclasses.replace(every, **change)) for change in changes]
     flat = {path[-1].key: leaf for shapes in trees for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     assert flat.keys() == SHARDED_AXES.keys()
     for name, leaf in flat.items():
         axes = SHARDED_AXES[name]
         assert len(axes) == leaf.ndim, name
         cut = [axis for axis in axes if axis]
+        if lora.is_adapter(name):
+            continue  # as their matrices: tests/models/test_lora.py
         expected = [] if "norm" in name else ["tp"] if "bias" in name else ["fsdp"] if name == "router" else ["fsdp", "tp"]
         expected = ["expert", *expected] if name.startswith("expert") else expected
         assert sorted(cut) == expected, f"{name}: matrices are cut once by each, biases by heads, norms are whole"

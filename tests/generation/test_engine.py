@@ -185,7 +185,7 @@ def run_of(prompts, what, *, completions_per_prompt, seed=0, limits=None):
     padded, lengths = engine.pad_prompts(prompts, buckets=what.prompt_buckets, pad_id=what.pad_id)
     shape = (len(prompts), completions_per_prompt)
     limits = np.full(shape, what.max_new_tokens, np.int32) if limits is None else limits
-    run = engine._Run(TINY, PARAMS, padded, lengths, jax.random.key(seed), limits, what)
+    run = engine._Run(TINY, PARAMS, padded, lengths, jax.random.key(seed), limits, np.zeros(len(padded), np.int32), what)
     nothing = decoding.Until(step=np.int32(99), running=np.int32(0), per_block=np.int32(0), blocks=np.int32(0))
     arguments = (run._weights, run._beginning, run._prefix, run._caches, run._slots.state, run._drawn, run._key, np.int32(0), np.int32(0), nothing)
     return run, (TINY, what, run._arrangement["places"], *arguments)
@@ -214,7 +214,7 @@ def test_each_prompt_is_computed_once_and_decoding_is_one_loop_on_the_device():
     project, rest = c.width * c.head_dim * (c.num_heads + 2 * c.num_kv_heads), c.width * (c.num_heads * c.head_dim + 3 * c.mlp_width)
     for g in (1, 5):
         run, arguments = run_of(PROMPTS, settings(), completions_per_prompt=g)
-        prefill = decoding.prefill.trace(TINY, "model", run._weights, np.zeros((p, length), np.int32)).jaxpr
+        prefill = decoding.prefill.trace(TINY, "model", run._weights, np.zeros((p, length), np.int32), np.zeros(p, np.int32)).jaxpr
         prefill, _ = jax.interpreters.partial_eval.dce_jaxpr(prefill.jaxpr, [True] * len(prefill.jaxpr.outvars))
         attention = 2 * c.num_heads * c.head_dim
         once = (c.num_layers - 1) * p * length * (rest + attention * length) + c.num_layers * p * length * project

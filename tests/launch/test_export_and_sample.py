@@ -11,7 +11,7 @@ import pytest
 
 from pgrpo_jax.models import tokenizer, weights
 
-EXPORT_OPTIONS = "options are --config=configs/NAME.py --workdir=DIR --output=NEW [--dtype=float32|float16|bfloat16] [--config.key=value ...]"
+EXPORT_OPTIONS = "options are --config=configs/NAME.py --workdir=DIR --output=NEW [--dtype=float32|float16|bfloat16] [--preference_group=P] [--config.key=value ...]"
 
 
 def export(workdir, output, *flags, at=None):
