@@ -46,6 +46,7 @@ def test_a_stopped_run_of_adapters_goes_on_as_if_it_had_not(whole, tmp_path):
     assert largest < 60_000, "no checkpoint holds the model"
 
 
+@pytest.mark.faults  # once, on two cores with nine busy processes, such a run came to a halt in the middle of this process, and nobody knows why
 def test_in_threads_it_is_the_same_run(whole, tmp_path):
     assert run(tmp_path / "run", engine="threads", num_actors=1) == 0
     assert records(tmp_path / "run")["sha256"] == records(whole)["sha256"]
