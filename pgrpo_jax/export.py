@@ -40,11 +40,12 @@ def export(config: Any, *, identity: Mapping[str, Any], workdir: epath.PathLike,
         OSError: nothing can be written there.
     """
     target = _checked(output)
+    settings.check(config)
     try:
         task = assembly.load_task(config)
         preference_id = policies.find_preference_group(task, preference_group)
+        adapter = policies.adapter_of(config, task, preference_id)
         saved = policies.restore(config, identity=identity, run=workdir, task=task)
-        adapter = policies.adapter_of(saved.base, task, preference_id)
         stop.check("export")
         params = merged(saved, adapter)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -87,13 +87,19 @@ def published(config: Any, base: Base, params: Any) -> Any:
     return parallel.localise(jax.tree.map(jnp.asarray, rounded), model=base.model.config, devices=jax.local_devices()[: config.actor.tp])
 
 
-def adapter_of(base: Base, task: Task, preference_id: int | None) -> int:
+def adapter_of(config: Any, task: Task, preference_id: int | None) -> int:
     """Returns the adapter that answers a preference group: 0 where one policy answers everybody.
+
+    Args:
+        config: every key of configs/base.py.
+        task: names the preference groups.
+        preference_id: the preference group; None = none is named.
 
     Raises:
         ValueError: each preference group has its own, and none is named.
     """
-    if base.model.config.lora is None or base.model.config.lora.num_adapters == 1:
+    adapters = settings.adapters(config)
+    if adapters is None or adapters.num_adapters == 1:
         return 0
     if preference_id is None:
         raise ValueError(f"each preference group has an adapter of its own: name one by --preference_group, of {_known(task)}")

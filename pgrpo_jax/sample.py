@@ -17,7 +17,6 @@ import numpy as np
 from etils import epath
 
 from pgrpo_jax import assembly, policies, settings
-from pgrpo_jax.base_policy import Base
 from pgrpo_jax.generation import engine as generation
 from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.models import lora
@@ -134,12 +133,13 @@ def sample(
     task = assembly.load_task(config)
     preference_id = policies.find_preference_group(task, options.preference_group)
     asked = held_out(task, preference_id, options.held_out)
-    base, respondent = _respondent(config, identity, workdir, options, task, note)
+    adapters = [policies.adapter_of(config, task, prompt.preference_id) for prompt in asked]
+    adapter = 0 if asked else policies.adapter_of(config, task, preference_id)
+    respondent = _respondent(config, identity, workdir, options, task, note)
     if asked:
-        adapters = [policies.adapter_of(base, task, prompt.preference_id) for prompt in asked]
         _answer_held_out(config, respondent, task, list(zip(asked, adapters, strict=True)), options.num_completions, say)
         return 0
-    adapter, failed = policies.adapter_of(base, task, preference_id), False
+    failed = False
     for text in (line for line in lines if line.strip()) if options.prompt is None else [options.prompt]:
         try:
             ids = respondent.read(text)
@@ -172,7 +172,7 @@ def held_out(task: Task, preference_id: int | None, count: int) -> list[Prompt]:
 
 def _respondent(
     config: Any, identity: Mapping[str, Any], workdir: epath.PathLike | None, options: Options, task: Task, note: Callable[[str], None]
-) -> tuple[Base, Respondent]:  # fmt: skip
+) -> Respondent:  # fmt: skip
     if options.base or workdir is None:
         base = assembly.load_base(config, task)
         params, who = lora.joined(base.frozen(), base.trainable()), f"the untrained policy ({config.model.path or 'random'})"
@@ -182,7 +182,7 @@ def _respondent(
         who = f"step {saved.learner.step} of {workdir}"
     wanted = _wanted(settings.generation_settings(config, base.tokenizer), options, context_length=base.model.config.context_length)
     note(f"{who}, temperature {wanted.support.temperature:g}" if wanted.support.top_k != 1 else f"{who}, greedy")
-    return base, Respondent(base.model, policies.published(config, base, params), base.tokenizer, wanted, config.seed)
+    return Respondent(base.model, policies.published(config, base, params), base.tokenizer, wanted, config.seed)
 
 
 def _wanted(usual: generation.GenerationSettings, options: Options, *, context_length: int) -> generation.GenerationSettings:

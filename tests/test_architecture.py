@@ -39,7 +39,7 @@ SAME_FLOOR = {
     "gradient_shares": {"update"},
     "histories": {"algorithm_settings", "assembly", "microscope", "policies", "run_directory", "settings"},
     "export": {"assembly", "policies", "settings"},
-    "sample": {"assembly", "base_policy", "policies", "settings"},
+    "sample": {"assembly", "policies", "settings"},
     "policies": {"assembly", "base_policy", "placement", "run_directory", "settings"},
     "record": {"assembly", "policies", "settings", "run_directory"},
     "train_state": {"optimiser"},
