@@ -9,7 +9,6 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import megablox
 
 from pgrpo_jax.models.quantised import wide
 
@@ -35,6 +34,8 @@ def grouped_matmul(rows: chex.Array, matrices: chex.Array, sizes: chex.Array) ->
 
 def megablocks(rows: chex.Array, matrices: chex.Array, sizes: chex.Array, *, interpret: bool = False) -> chex.Array:
     """`grouped_matmul` of matrices [E, K, N] by the kernel for TPUs; with `interpret` anywhere, slowly."""
+    from jax.experimental.pallas.ops.tpu import megablox  # here: half a second of start-up that other platforms do without
+
     padded = jnp.pad(rows, ((0, -len(rows) % _TILES[0]), (0, 0)))
     tiles = (_TILES[0], min(_TILES[1], rows.shape[1]), min(_TILES[2], matrices.shape[2]))
     return megablox.gmm(padded, matrices.astype(rows.dtype), sizes, rows.dtype, tiles, interpret=interpret)[: len(rows)]
