@@ -201,7 +201,7 @@ def test_a_configuration_that_is_written_is_their_model(pair, tmp_path):
     model, params = ours(directory)
     safetensors_weights.save(tmp_path, model.config, params)
     (tmp_path / "config.json").write_text(json.dumps(hugging_face.from_model_config(model.config)))
-    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **EAGER).eval()
     assert type(back) is type(theirs)
     tokens = torch.tensor(text(model), dtype=torch.long)
     with torch.no_grad():
