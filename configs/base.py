@@ -129,7 +129,7 @@ KEYS = {
     "optimiser.b2": Key(0.99, "identity", "AdamW"),
     "optimiser.eps": Key(1e-8, "identity", "AdamW"),
     "optimiser.weight_decay": Key(0.0, "identity", "AdamW, decoupled; matrices only"),
-    "optimiser.clip_norm": Key(1.0, "identity", "global gradient norm; 0 = off"),
+    "optimiser.clip_norm": Key(1.0, "identity", "global gradient norm, of adapters that of each by itself; 0 = off"),
     # learner
     "learner.micro_batches": Key(1, "identity", "gradient accumulation: slices of whole prompts; divides prompts_per_step"),
     "learner.micro_batch_tokens": Key(0, "identity", "tokens of a slice on a device at most, prompts once, padding too: where they would be more, there are more slices; 0 = no bound"),

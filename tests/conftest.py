@@ -29,6 +29,13 @@ def few_compiled_programs():
         gc.collect()
 
 
+@pytest.fixture(scope="module")
+def standard_promotion():
+    """As `lenient`, for a whole module of runs; that of this package is tested strictly, module by module."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture
 def lenient():
     """Lets dtypes be promoted: optax does so implicitly."""

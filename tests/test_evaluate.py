@@ -6,7 +6,6 @@ import pathlib
 import shutil
 import types
 
-import jax
 import numpy as np
 import pytest
 import small_config
@@ -170,11 +169,7 @@ def test_interval_covers_the_truth_as_often_as_it_says():
     assert 0.90 <= covered / 300 <= 0.98
 
 
-@pytest.fixture(scope="module", autouse=True)
-def standard_promotion():
-    """optax relies on dtype promotion in arithmetic of its own."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import small_config
+from stops import StopAt
 
 from pgrpo_jax import assembly, export, policies
 from pgrpo_jax.models import hugging_face, tokenizer, weights
@@ -28,11 +29,7 @@ QWEN_3 = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def standard_promotion():
-    """optax relies on dtype promotion in arithmetic of its own."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")
@@ -224,19 +221,6 @@ def test_no_checkpoint(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="no committed checkpoint in .*nowhere/checkpoints: give the --workdir of a run that has saved one"):
         exported((run[0], run[1], tmp_path / "nowhere"), tmp_path / "out" / "model")
     assert list(tmp_path.iterdir()) == []
-
-
-class StopAt(Stop):
-    """Asks to stop when the export looks for the n-th time."""
-
-    def __init__(self, count):
-        super().__init__()
-        self._left = count
-
-    def check(self, phase):
-        self._left -= 1
-        self.requested = self._left == 0
-        super().check(phase)
 
 
 @pytest.mark.parametrize("count", [1, 2])

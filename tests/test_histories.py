@@ -20,11 +20,7 @@ CHANGES = {"num_steps": 6, "staleness__accept": 2, "curation__overlong_buffer": 
 CHANGES |= {"algorithm__staleness_half_life": 2.0}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def standard_promotion():
-    """optax relies on dtype promotion in arithmetic of its own."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 class StopAfter(Stop):

@@ -182,7 +182,7 @@ def test_gradients_of_preference_groups_with_their_own_adapters_are_at_right_ang
     assert min(shares) > 0 and abs(sum(shares) - 1) < 1e-5
 
 
-def test_a_frozen_base_in_half_precision_computes_what_it_would_in_single(tmp_path):
+def test_a_frozen_base_in_half_precision_computes_what_it_would_in_single():
     """A bfloat16 model rounds its matrices as it computes: held rounded, they take half the room and change nothing."""
     batch, params = cases_batch(rollouts(0)), cases.params("policy")
     rounded = jax.tree_util.tree_map_with_path(lambda path, x: x if "norm" in path[-1].key else x.astype(jnp.bfloat16), params)

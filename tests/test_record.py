@@ -1,9 +1,9 @@
 """Recording without training: what a run's first step generates, resumable, with the difficulty of the prompts; and it trains a run later."""
 
-import jax
 import numpy as np
 import pytest
 import small_config
+from stops import StopAt
 
 from pgrpo_jax.preemption import EXIT_PREEMPTED, Stop
 from pgrpo_jax.record import record
@@ -15,11 +15,7 @@ from pgrpo_jax.tasks import difficulty, letters
 CHANGES = {"num_steps": 3}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def standard_promotion():
-    """The model is tested strictly elsewhere."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def run(workdir, stop=None, **changes):
@@ -35,19 +31,6 @@ def recorded(tmp_path_factory):
     status, said = run(workdir)
     assert status == 0 and len(said) == 4 and said[0].startswith("step 1 of 3: 8 completions, mean reward ")
     return workdir
-
-
-class StopAt(Stop):
-    """Asks to stop when the program looks for the n-th time."""
-
-    def __init__(self, count):
-        super().__init__()
-        self._left = count
-
-    def check(self, phase):
-        self._left -= 1
-        self.requested = self._left <= 0
-        super().check(phase)
 
 
 def units(workdir):

@@ -20,11 +20,7 @@ from pgrpo_jax.train import train
 CHANGES = {"num_steps": 3, "optimiser__learning_rate": 0.05}  # far from where it began
 
 
-@pytest.fixture(scope="module", autouse=True)
-def standard_promotion():
-    """optax relies on dtype promotion in arithmetic of its own."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")

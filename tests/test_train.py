@@ -6,10 +6,9 @@ import os
 import pathlib
 import shutil
 
-import jax
-import numpy as np
 import pytest
 import small_config
+from stops import StopAt
 
 from pgrpo_jax import metric_table
 from pgrpo_jax.controller import COUNTERS
@@ -23,28 +22,7 @@ WALL_CLOCK = {"wall_secs", "generation_secs", "wait_secs", "update_secs", "publi
 WALL_CLOCK |= {f"controller/{name}" for name in COUNTERS}  # of timing and faults
 
 
-@pytest.fixture(scope="module", autouse=True)
-def standard_promotion():
-    """optax relies on dtype promotion in arithmetic of its own; that of this package is tested strictly, module by module."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-class StopAt(Stop):
-    """Asks to stop when the run looks for the n-th time, as a signal at that moment would."""
-
-    def __init__(self, count):
-        super().__init__()
-        self._left = count
-
-    def check(self, phase):
-        self._left -= 1
-        if self._left == 0:
-            self._on_signal(None, None)
-        super().check(phase)
-
-    def _on_signal(self, number, frame):
-        self.requested = True
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def run(workdir, stop=None, **changes):

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 import small_config
-from test_train import records, StopAt
+from stops import StopAt
+from test_train import records
 
 from pgrpo_jax import export, policies, sample
 from pgrpo_jax.evaluate import evaluate_run
@@ -17,10 +18,7 @@ from pgrpo_jax.train import train
 ADAPTERS = {"lora__rank": 2, "lora__per_preference_group": True, "staleness__accept": 2, "algorithm__kl_coefficient": 0.05, "optimiser__learning_rate": 0.02}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def run(workdir, stop=None, **changes):

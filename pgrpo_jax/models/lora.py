@@ -19,7 +19,7 @@ import numpy as np
 
 # The matrices that may have adapters -> how many of their leading axes (without that of layers) are inputs.
 TARGETS = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "down": 1}
-_A, _B = "_lora_a", "_lora_b"
+A, B = "_lora_a", "_lora_b"  # how the parameters of an adapter end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +50,12 @@ class Lora:
 
 def is_adapter(name: str) -> bool:
     """Returns whether a parameter is a part of an adapter, by its name."""
-    return name.endswith((_A, _B))
+    return name.endswith((A, B))
 
 
 def names(target: str) -> tuple[str, str]:
     """Returns the names of a matrix's A and B."""
-    return target + _A, target + _B
+    return target + A, target + B
 
 
 def shapes(lora: Lora, matrices: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -131,7 +131,7 @@ def initial(lora: Lora, shapes_of: Mapping[str, Any], key: chex.PRNGKey) -> dict
     """
 
     def draw(name: str, shape: Sequence[int]) -> np.ndarray:
-        if name.endswith(_B):
+        if name.endswith(B):
             return np.zeros(shape, np.float32)
         one = jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), (shape[0], 1, *shape[2:]), jnp.float32)
         return np.broadcast_to(np.asarray(one) / math.sqrt(math.prod(shape[2:-1])), shape)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pgrpo_jax.models import attention, layers, quantised
+from pgrpo_jax.models import attention, layers, lora, quantised
 from pgrpo_jax.models.config import ModelConfig
 from pgrpo_jax.models.parameters import parameter_shapes
 
@@ -66,9 +66,9 @@ def _initialiser(name: str, shape: tuple[int, ...], config: ModelConfig) -> Any:
     """Of a parameter without the axis of layers: norms 1 as they are applied, biases and what adapters add 0, matrices normal with variance 1 / fan-in."""
     if "norm" in name:
         return nn.initializers.constant(1 - config.norm_offset)
-    if "bias" in name or name.endswith("_lora_b"):
+    if "bias" in name or name.endswith(lora.B):
         return nn.initializers.zeros
-    if name.endswith("_lora_a"):
+    if name.endswith(lora.A):
         return _scaled_normal(math.prod(shape[1:-1]))
     if name.startswith("expert"):
         return _scaled_normal(shape[1])

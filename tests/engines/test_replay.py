@@ -26,11 +26,7 @@ from pgrpo_jax.train import train
 SHORT = {"num_steps": 4, "staleness__accept": 2, "algorithm__min_count": 4}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def standard_promotion():
-    """optax relies on dtype promotion in arithmetic of its own."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")
