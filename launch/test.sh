@@ -2,7 +2,7 @@
 # The tests: set-up with the development extras, model and data, pytest. Flags go to pytest:
 #   [PYTHON=python3] ./launch/test.sh [tests/algorithms -k history ...]     everything but the tests marked "faults" or "parity", two files at a time
 #   ./launch/test.sh --faults [...]                                         only those: they kill processes and take minutes, one at a time
-#   ./launch/test.sh --parity [...]                                         only those against torch and transformers, which it installs (1 GB), Gemma 3 among them (0.3 GB)
+#   ./launch/test.sh --parity [...]                                         only those against torch and transformers, which it installs (1 GB), Gemma 3 among them (0.3 GB), and through the compiler of TPUs (0.2 GB)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/setup_venv.sh

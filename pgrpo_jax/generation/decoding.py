@@ -142,7 +142,7 @@ def prefill(model: Transformer, storage: str, weights: Any, prompts: chex.Array,
     for row, layer in enumerate(weights["layers"]):
         window = c.window(row)
         parts = [(*beginning[row], whole, at)] if beginning else []
-        attended = attention.attention_over(c, parts, positions, window=window or None)
+        attended = attention.attention_over(c, parts, positions, window=window or None, mesh=model.mesh)
         x, kept = layers.layer(c, layer, x, angles[window > 0], attended, adapters=adapters, mesh=model.mesh)
         caches.append(kv_cache.keep(*kept, storage))
     return tuple(caches)

@@ -55,6 +55,12 @@ def read(stored: Stored, dtype: Any) -> tuple[chex.Array, chex.Array | None]:
     return stored.astype(dtype), None
 
 
+def plain(stored: Stored, dtype: Any, *, axis: int) -> chex.Array:
+    """Returns the values in `dtype`; `axis` is that along which the vectors lie."""
+    found, scales = read(stored, dtype)
+    return found if scales is None else found * jnp.expand_dims(scales, axis)
+
+
 def take(table: Stored, rows: chex.Array, dtype: Any) -> chex.Array:
     """Returns rows [*, D] of a table [V, D] stored with a scale for each row."""
     if isinstance(table, Quantised):

@@ -93,7 +93,7 @@ class Block(nn.Module):
         weights["output"] = weights["output"].reshape(-1, c.width)
         parts = [(k, v, mask[:, None, :], at) for (k, v), mask, at in zip(contexts, masks, places, strict=True)]
         angles = angles if place is None else jax.tree.map(lambda both: jnp.take(both, place, axis=0), angles)
-        attended = attention.attention_over(c, parts, positions, window=window, sequences=sequences)
+        attended = attention.attention_over(c, parts, positions, window=window, sequences=sequences, mesh=self.mesh)
         return layers.layer(c, weights, x, angles, attended, adapters=adapters, mesh=self.mesh)
 
 
@@ -105,7 +105,7 @@ class Transformer(nn.Module):
         dtype: of activations and matmuls; parameters keep their own.
         remat: of `REMAT`, what is computed anew in the backward pass: nothing; all of a layer but what its matmuls with weights lead to, most of
             the arithmetic; or the whole layer from its input.
-        mesh: of `laid_over`; None = one device, or left to the compiler.
+        mesh: of `laid_over`; None = one device; several are left to the compiler, which on TPUs refuses.
     """
 
     config: ModelConfig
@@ -163,8 +163,8 @@ class Transformer(nn.Module):
 
 
 def laid_over(model: Transformer, mesh: Mesh | None) -> Transformer:
-    """Returns a model as it runs over a mesh that its parameters lie on: experts exchange tokens there, what is dense is left to the compiler."""
-    return dataclasses.replace(model, mesh=mesh) if mesh is not None and mesh.size > 1 and model.config.num_experts else model
+    """Returns a model as it runs over a mesh that its parameters lie on: experts exchange tokens there, kernels are split; the rest is the compiler's."""
+    return dataclasses.replace(model, mesh=mesh) if mesh is not None and mesh.size > 1 else model
 
 
 def embed(config: ModelConfig, x: chex.Array) -> chex.Array:
