@@ -31,8 +31,6 @@ def use(directory: str, *, workdir: epath.PathLike) -> str:
         PermissionError: nothing could be written there.
         NotADirectoryError: it, or a part of its path, is a file.
     """
-    # An entry that another process is just writing, or that can not be read or written: then it is compiled, no more.
-    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
     if not directory or jax.config.jax_compilation_cache_dir:
         return jax.config.jax_compilation_cache_dir or ""
     path = (epath.Path(directory) if "://" in directory else epath.Path(workdir) / directory) / cpu_kind()
@@ -43,6 +41,8 @@ def use(directory: str, *, workdir: epath.PathLike) -> str:
     jax.config.update("jax_compilation_cache_dir", where)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # all of it: the many small programs add up to seconds
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # An entry that another process is just writing, or that can not be read or written: then it is compiled, no more.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
     return where
 
 

@@ -1,20 +1,10 @@
 """Tests run on eight CPU devices, with strict rank and dtype promotion; any warning is an error (setup.cfg)."""
 
-import atexit
 import gc
-import os
 import pathlib
-import shutil
-import tempfile
 
-if "PYTEST_XDIST_WORKER" not in os.environ:  # which has the environment of the process that started it
-    # What one test has compiled, others and the programs they start find: the same small models are in many of them.
-    compiled = tempfile.mkdtemp(prefix="pgrpo_jax_compiled_")
-    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -359,7 +359,7 @@ def test_the_mesh_does_not_change_the_update(mesh, make, alone):
     step_program = parallel.compiled(
         update._step, (jax.tree.map(lambda x: x.sharding, many.state), None, NamedSharding(many._mesh, PartitionSpec(None, parallel.ROWS))),
         donate_argnums=(0,),
-        model=cases.MODEL, settings=cases.LOSS, optimiser_settings=cases.OPTIMISER,
+        model=many._model, settings=cases.LOSS, optimiser_settings=cases.OPTIMISER,
     )  # fmt: skip
     layout = parallel.layout(many.state, many._mesh)
     history = cases.reward_history.init(cases.K)

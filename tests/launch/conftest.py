@@ -1,15 +1,13 @@
 """One undisturbed run of the small configuration, for every test that compares with it or reads it."""
 
-import os
-
 import program
 import pytest
 
 
 @pytest.fixture(scope="session")
-def cache():
-    """What JAX compiles, kept between processes and tests; it does not change a bit (the matrices in test_resume.py compare with runs without it)."""
-    return os.environ["JAX_COMPILATION_CACHE_DIR"]
+def cache(tmp_path_factory):
+    """What JAX compiles, kept between processes; it does not change a bit (the matrices in test_resume.py compare with runs without it)."""
+    return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture(scope="session")

@@ -28,8 +28,7 @@ def command(workdir, *, program="train", config="configs/smoke.py", at=None, **c
 
 
 def environment(cache=None):
-    """Ours without what would reach into JAX; `cache` is a directory where it keeps what it compiled, that of the tests if none is given."""
-    cache = cache or os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    """Ours without what would reach into JAX; `cache` is a directory where it keeps what it compiled."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX", "XLA", "PYTHONWARNINGS"))}
     settings = {"JAX_PLATFORMS": "cpu"}
     if cache is not None:

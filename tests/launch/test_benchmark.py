@@ -170,7 +170,6 @@ def driver(tmp_path, monkeypatch):
     (tmp_path / "own_driver.py").write_text("import sys\nassert sys.argv.pop(1) == 'ours'\n" + DRIVER)
     for name in ("protocol.py", "job.py"):
         (tmp_path / name).write_text((program.ROOT / "launch" / "peers" / name).read_text())
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # that of the tests
     monkeypatch.setattr(peers, "_DRIVERS", tmp_path)
     monkeypatch.setattr(peers, "installed", lambda name: (sys.executable, tmp_path))
     return tmp_path
