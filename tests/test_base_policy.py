@@ -75,11 +75,19 @@ def test_what_adapters_are_added_to_is_held_as_it_is_computed_with(directory, fs
 def test_of_a_gguf_file_and_of_none(tmp_path):
     write_tiny(tmp_path / "tiny.gguf", tiny_tensors(TINY), TINY)
     config, expected = weights.load(tmp_path / "tiny.gguf")
-    mesh = parallel.make_mesh(jax.devices()[:1])
+    mesh = parallel.make_mesh(jax.devices()[:2])
+
+    def placed(made, like):
+        """They lie as they are asked for, and are those on the host."""
+        shardings = parallel.layout(trainable_shapes(made.model.config), mesh)
+        found = made.trainable(shardings)
+        assert jax.tree.map(lambda x: x.sharding, found) == shardings
+        equal(found, like)
+
     of_file = base(tmp_path / "tiny.gguf", config=config)
-    equal(of_file.trainable(parallel.layout(trainable_shapes(config), mesh)), expected)
+    placed(of_file, expected)
     drawn, again = base(""), dataclasses.replace(base(""), seed=4)
-    equal(drawn.trainable(parallel.layout(trainable_shapes(cases.CONFIG), mesh)), drawn.trainable())
+    placed(drawn, drawn.trainable())
     assert np.any(np.asarray(drawn.trainable()["embedding"]) != np.asarray(again.trainable()["embedding"])), "the seed names what is drawn"
     with_adapters = base("", adapters=Lora(rank=2, alpha=4.0, targets=("query",)))
     equal(with_adapters.frozen(), drawn.trainable())

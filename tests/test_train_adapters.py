@@ -44,6 +44,13 @@ def test_a_stopped_run_of_adapters_goes_on_as_if_it_had_not(whole, tmp_path):
     assert largest < 60_000, "no checkpoint holds the model"
 
 
+def test_actors_answer_each_preference_group_with_its_adapter(tmp_path):
+    """On policy the learner's log-probs, each under the adapter of its prompt's preference group, are the sampler's."""
+    assert run(tmp_path / "run", staleness__accept=1, num_steps=4) == 0
+    steps = records(tmp_path / "run")["metrics"]
+    assert steps[-1]["kl"] > 1e-6 and max(step["mismatch/max"] for step in steps) < 1e-5
+
+
 @pytest.mark.faults  # once, on two cores with nine busy processes, such a run came to a halt in the middle of this process, and nobody knows why
 def test_in_threads_it_is_the_same_run(whole, tmp_path):
     assert run(tmp_path / "run", engine="threads", num_actors=1) == 0
