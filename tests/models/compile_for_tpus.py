@@ -1,7 +1,7 @@
 """Compiles the learner's gradient for slices of TPUs that are not there, and prints what each chip would hold as JSON: compile_for_tpus.py TOPOLOGY
 
-TPU_LIBRARY_PATH names the compiler. First attention alone, of heads of many sizes, with a window, a cap and several sequences in a row. Then a model that has the sizes of Qwen 2.5 1.5B; 8 prompts of 1,024 tokens, 4 completions of 1,024 tokens each, in bfloat16,
-over fsdp 2 x tp 2: with the kernel of such a device, and with attention left to the compiler.
+TPU_LIBRARY_PATH names the compiler. First attention alone, of heads of unlike sizes, with a window, a cap and several sequences in a row. Then a small model
+whose scores would be most of what a pass holds, over fsdp 2 x tp 2: with the kernel of such a device, and with attention left to the compiler.
 """
 
 import json
@@ -22,11 +22,11 @@ from pgrpo_jax.models.flash_attention import flash_attention
 from pgrpo_jax.models.parameters import parameter_shapes
 from pgrpo_jax.structs import TrainBatch
 
-QWEN = ModelConfig(
-    num_layers=28, width=1536, mlp_width=8960, num_heads=12, num_kv_heads=2, head_dim=128, vocab_size=151_936, context_length=32_768, rope_theta=1e6,
+MODEL = ModelConfig(
+    num_layers=4, width=256, mlp_width=512, num_heads=8, num_kv_heads=2, head_dim=64, vocab_size=512, context_length=2048, rope_theta=1e6,
     norm_epsilon=1e-6, tied_embeddings=True, qkv_bias=True,
 )  # fmt: skip
-PROMPTS, PER_PROMPT, TOKENS = 8, 4, 1024
+PROMPTS, PER_PROMPT, TOKENS = 4, 4, 512
 
 
 def batch(mesh):
@@ -45,9 +45,9 @@ def batch(mesh):
 
 def compiled(mesh, of_mesh):
     """(calls of kernels in the program, temporary bytes of each chip)."""
-    model = transformer.Transformer(QWEN, dtype=jnp.bfloat16, remat="keep_nothing")
+    model = transformer.Transformer(MODEL, dtype=jnp.bfloat16, remat="keep_nothing")
     model = transformer.laid_over(model, of_mesh)
-    shapes = parameter_shapes(QWEN)
+    shapes = parameter_shapes(MODEL)
     shapes = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=where), shapes, parallel.layout(shapes, mesh))
     gradient = jax.grad(lambda params, given: jnp.sum(score(model, params, given, Support())[0]))
     program = jax.jit(gradient, out_shardings=jax.tree.map(lambda x: x.sharding, shapes)).lower(shapes, batch(mesh)).compile()
@@ -83,7 +83,7 @@ def calls(program):
 def main():
     devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices)
     mesh = parallel.make_mesh(devices.tolist(), fsdp=2, tp=2)
-    heads = [(16, jnp.bfloat16), (80, jnp.bfloat16), (256, jnp.float32)]  # those that fill no lanes, some, and the core's memory
+    heads = [(80, jnp.bfloat16), (256, jnp.float32)]  # one that fills no whole lanes, one that fills much of the core's memory
     alone = {f"{size} {dtype.__name__}": attention_alone(mesh, size, dtype) for size, dtype in heads}
     names = ("calls", "bytes")
     print(json.dumps({"alone": alone, "kernel": dict(zip(names, compiled(mesh, mesh))), "compiler": dict(zip(names, compiled(mesh, None)))}))
