@@ -1,6 +1,5 @@
 """Attention over parts of a context with one softmax over all of them: what a prompt, a ring of a cache and the tokens themselves are to a layer."""
 
-import math
 from typing import Any, Callable, Sequence
 
 import chex
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from pgrpo_jax.models.config import ModelConfig
+from pgrpo_jax.models.mesh import device, row_axes
 from pgrpo_jax.models.quantised import plain, read, Stored, wide
 
 Part = tuple[Stored, Stored, chex.Array, chex.Array]  # keys [Bs, Hkv, Dh, S], values [Bs, Hkv, S, Dh], mask [Bs, 1, S], positions [Bs, S]
@@ -106,12 +106,10 @@ def on_mesh(mesh: Mesh | None, run: Callable[..., chex.Array], query: chex.Array
     """
     if mesh is None:
         return run(query, pairs, marks, *rest)
-    axes = tuple(axis for axis in mesh.axis_names if axis != "tp")
-    count, heads = math.prod(mesh.shape[axis] for axis in axes), "tp" if "tp" in mesh.axis_names else None
-    rows = axes if len(query) % count == 0 else None  # rows that do not divide, of no batch of the learner, are everywhere
+    rows, heads = row_axes(mesh, len(query)), "tp" if "tp" in mesh.axis_names else None
 
     def divisible(x: chex.Array) -> chex.Array:
-        return x if rows is None or len(x) == 1 or len(x) % count == 0 else _to_rows(x, len(query))
+        return x if rows is None or len(x) == 1 or row_axes(mesh, len(x)) is not None else _to_rows(x, len(query))
 
     def rows_of(x: chex.Array) -> Any:
         return None if len(x) == 1 and len(query) > 1 else rows
@@ -149,8 +147,8 @@ def attention_over(
         return positions[:, :, None] - _to_rows(where, len(positions))[:, None, :] < window
 
     def attention(query, keys, values):
-        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-        if device.platform == "tpu":
+        runs_on = device(mesh)
+        if runs_on.platform == "tpu":
             from pgrpo_jax.models.flash_attention import flash_attention  # here: other platforms do without Pallas' half a second of start-up
 
             limits = {"window": window, "sequences": sequences, "scale": scale, "soft_cap": soft_cap}
@@ -162,16 +160,16 @@ def attention_over(
             own = own & near(positions)
             context = [(k, v, _to_rows(mask, len(positions)) & near(where)) for k, v, mask, where in parts]
         everything = [*context, (keys, values, own)]
-        if cudnn_takes(device, query, everything, soft_cap):
+        if cudnn_takes(runs_on, query, everything, soft_cap):
             return attend_by_cudnn(query, everything, scale=scale, mesh=mesh), (keys, values)
         return attend(query, everything, scale=scale, soft_cap=soft_cap), (keys, values)
 
     return attention
 
 
-def cudnn_takes(device: jax.Device, query: chex.Array, parts: Sequence[tuple[Stored, Stored, chex.Array]], soft_cap: float) -> bool:
+def cudnn_takes(runs_on: jax.Device, query: chex.Array, parts: Sequence[tuple[Stored, Stored, chex.Array]], soft_cap: float) -> bool:
     """Whether cuDNN has a kernel for this and its gradient: NVIDIA from Ampere on, half precision, no cap, even lengths, heads of 8 to 128 numbers."""
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version or float(device.compute_capability) < _AMPERE:
+    if runs_on.platform != "gpu" or "cuda" not in runs_on.client.platform_version or float(runs_on.compute_capability) < _AMPERE:
         return False
     length, _, head_dim = query.shape[1:]
     even = length % 2 == 0 and sum(mask.shape[-1] for *_, mask in parts) % 2 == 0

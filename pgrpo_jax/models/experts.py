@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from pgrpo_jax.models.config import ModelConfig
 from pgrpo_jax.models.grouped_matmul import grouped_matmul
+from pgrpo_jax.models.mesh import device, row_axes, size
 from pgrpo_jax.models.quantised import Quantised, Stored, wide
 
 # What is read of a layer, without its axis of layers -> the mesh axes along which each device has only its part. What `parameters.SHARDED_AXES` cuts
@@ -47,13 +48,11 @@ def mlp(config: ModelConfig, weights: Mapping[str, Stored], h: chex.Array, gated
     """
     own = {name: weights[name] for name in _AXES if name in weights}
     if mesh is None:
-        return _on_device(config, own, h, gated)
-    rows = tuple(axis for axis in mesh.axis_names if axis != "tp")
-    whole = h.shape[0] % max(1, _size(mesh, *rows))  # rows that do not divide, of no batch of the learner, are everywhere
-    batch = PartitionSpec(None if whole else rows, None, None)
+        return _on_device(config, own, h, gated, platform=device(None).platform)
+    batch = PartitionSpec(row_axes(mesh, len(h)), None, None)
 
     def on_device(own: Mapping[str, Stored], h: chex.Array) -> chex.Array:
-        return _on_device(config, own, h, gated, experts_shared=_size(mesh, "expert") > 1)[None]
+        return _on_device(config, own, h, gated, platform=device(mesh).platform, experts_shared=size(mesh, "expert") > 1)[None]
 
     # Over "tp" each device has the sum over its own hidden units. The sums are added outside, where the compiler knows that a gradient needs no exchange.
     out = PartitionSpec("tp" if "tp" in mesh.axis_names else None, *batch)
@@ -62,27 +61,22 @@ def mlp(config: ModelConfig, weights: Mapping[str, Stored], h: chex.Array, gated
     return jnp.sum(parts, axis=0)
 
 
-def _size(mesh: Mesh, *axes: str) -> int:
-    size = 1
-    for axis in axes:
-        size *= mesh.shape.get(axis, 1)
-    return size
-
-
 def _spec(mesh: Mesh, axes: tuple[str | None, ...], stored: Stored) -> Any:
     spec = PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in axes))
     return Quantised(integers=spec, scales=PartitionSpec(spec[0], *spec[2:])) if isinstance(stored, Quantised) else spec
 
 
-def _on_device(config: ModelConfig, weights: Mapping[str, Stored], h: chex.Array, gated: Gated, *, experts_shared: bool = False) -> chex.Array:
+def _on_device(
+    config: ModelConfig, weights: Mapping[str, Stored], h: chex.Array, gated: Gated, *, platform: str, experts_shared: bool = False
+) -> chex.Array:
     """What a device's experts and hidden units add to its own rows [B, T, D]; with `experts_shared` the others' experts too."""
     x = h.reshape(-1, h.shape[-1])
     chosen, shares = route(config, weights["router"], x)
     if not experts_shared:
-        return _through(weights, x, chosen, shares, gated).reshape(h.shape)
+        return _through(weights, x, chosen, shares, gated, platform).reshape(h.shape)
     x, chosen, shares = jax.lax.all_gather((x, chosen, shares), "expert", tiled=True)
     first = jax.lax.axis_index("expert") * _matrices(weights["expert_down"]).shape[0]
-    added = _through(weights, x, chosen - first, shares, gated)
+    added = _through(weights, x, chosen - first, shares, gated, platform)
     return jax.lax.psum_scatter(added, "expert", scatter_dimension=0, tiled=True).reshape(h.shape)
 
 
@@ -103,7 +97,7 @@ def route(config: ModelConfig, router: chex.Array, x: chex.Array) -> tuple[chex.
     return chosen, shares / jnp.sum(shares, axis=-1, keepdims=True) if config.normalised_experts else shares
 
 
-def _through(weights: Mapping[str, Stored], x: chex.Array, chosen: chex.Array, shares: chex.Array, gated: Gated) -> chex.Array:
+def _through(weights: Mapping[str, Stored], x: chex.Array, chosen: chex.Array, shares: chex.Array, gated: Gated, platform: str) -> chex.Array:
     """What the experts of this device add to tokens [N, D].
 
     Args:
@@ -112,6 +106,7 @@ def _through(weights: Mapping[str, Stored], x: chex.Array, chosen: chex.Array, s
         chosen: [N, k] int32, counted from this device's first expert; others than its own are other devices'.
         shares: [N, k].
         gated: as for `mlp`.
+        platform: of `grouped_matmul`.
     """
     count, (tokens, k) = _matrices(weights["expert_down"]).shape[0], chosen.shape
     expert = jnp.where((chosen >= 0) & (chosen < count), chosen, count).reshape(-1)  # of each pair; the other devices' are sorted behind
@@ -123,7 +118,7 @@ def _through(weights: Mapping[str, Stored], x: chex.Array, chosen: chex.Array, s
     where = order // k, places.reshape(tokens, k)
 
     def matmul(rows: chex.Array, stored: Stored) -> chex.Array:
-        out = grouped_matmul(rows, _matrices(stored), sizes)
+        out = grouped_matmul(rows, _matrices(stored), sizes, platform=platform)
         if not isinstance(stored, Quantised):
             return out
         return out * jnp.take(stored.scales, expert[order], axis=0, mode="clip").astype(out.dtype)

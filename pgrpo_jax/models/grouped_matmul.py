@@ -16,19 +16,20 @@ _BLOCKS = (8, 512)  # the fewest and the most rows that the loop multiplies at o
 _TILES = (128, 512, 512)  # of rows, inputs and outputs; with float32 and two buffers they take a quarter of a core's 16 MB
 
 
-def grouped_matmul(rows: chex.Array, matrices: chex.Array, sizes: chex.Array) -> chex.Array:
+def grouped_matmul(rows: chex.Array, matrices: chex.Array, sizes: chex.Array, *, platform: str) -> chex.Array:
     """Multiplies each run of rows by its matrix.
 
     Args:
         rows: [M, K] float, the run of matrix 0 first.
         matrices: [E, K, ...], float, or integers (then without a gradient).
         sizes: [E] int32, rows of each run; together at most M.
+        platform: of the devices it runs on.
 
     Returns:
         [M, ...] in the dtype of rows; rows behind the last run hold anything, and what their gradient holds is not looked at.
     """
     flat = matrices.reshape(*matrices.shape[:2], -1)
-    out = megablocks(rows, flat, sizes) if jax.default_backend() == "tpu" else _by_blocks(rows, flat, sizes)
+    out = megablocks(rows, flat, sizes) if platform == "tpu" else _by_blocks(rows, flat, sizes)
     return out.reshape(-1, *matrices.shape[2:])
 
 

@@ -157,7 +157,7 @@ def test_runs_are_multiplied_each_by_its_matrix(sizes, behind):
     rows, matrices, counts = runs(sizes, behind)
     dy = np.random.default_rng(1).normal(size=(len(rows), matrices.shape[2]))
     with jax.enable_x64(True):
-        found, pull = jax.vjp(lambda rows, matrices: grouped_matmul.grouped_matmul(rows, matrices, counts), rows, matrices)
+        found, pull = jax.vjp(lambda rows, matrices: grouped_matmul.grouped_matmul(rows, matrices, counts, platform="cpu"), rows, matrices)
         back, outer = pull(jnp.asarray(dy))
     number = sum(sizes)
     expected = by_loop(rows, matrices, sizes, dy)
@@ -191,7 +191,7 @@ def test_what_lies_behind_the_last_run_reaches_nothing(monkeypatch):
 
     spoiled.defvjp(lambda x, sizes: (spoiled(x, sizes), sizes), lambda sizes, dy: (spoiled(dy, sizes), None))
     original = grouped_matmul.grouped_matmul
-    monkeypatch.setattr(experts, "grouped_matmul", lambda rows, matrices, sizes: spoiled(original(spoiled(rows, sizes), matrices, sizes), sizes))
+    monkeypatch.setattr(experts, "grouped_matmul", lambda rows, matrices, sizes, **rest: spoiled(original(spoiled(rows, sizes), matrices, sizes, **rest), sizes))
     with jax.enable_x64(True):
         check(*drawn(), mesh=parallel.make_mesh(jax.devices()[:2], expert=2))
 
