@@ -9,12 +9,21 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup_venv.sh
 
 # A crashed worker ends the run: its successor would wait for ever (pytest-xdist #1323). A test that is stuck shows where, and its worker ends.
-extra=dev also=() selection=(-m "not faults and not parity" --numprocesses=2 --dist=loadfile --max-worker-restart=0 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true)
+two=(--numprocesses=2 --max-worker-restart=0 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true)
+extra=dev also=() selection=(-m "not faults and not parity" "${two[@]}" --dist=loadfile)
 case "${1:-}" in
   --faults) selection=(-m faults) && shift ;;
-  --parity) extra=parity also=(--gemma) selection=(-m parity) && shift ;;
+  --parity) extra=parity also=(--gemma) selection=(-m parity "${two[@]}" --dist=worksteal) && shift ;;
   *) echo "left out: tests that kill processes (--faults), tests against torch and transformers (--parity)" ;;
 esac
 setup_venv "$extra"
+
+# Thousands of small programs, most of which run once: two thirds of the time would go into making them fast. Those compared with other programs are
+# compiled as a user's are.
+if [[ "$extra" == dev ]]; then
+  export JAX_DISABLE_MOST_OPTIMIZATIONS=1
+  quick="${XLA_FLAGS:-} --xla_cpu_use_fusion_emitters=false"
+  XLA_FLAGS="$quick" .venv/bin/python -c "import jax; jax.devices('cpu')" 2>/dev/null && export XLA_FLAGS="$quick"  # a flag that XLA knows no more ends the process
+fi
 run .venv/bin/python launch/fetch_assets.py "${also[@]}"
 exec .venv/bin/python -m pytest "${selection[@]}" "$@"

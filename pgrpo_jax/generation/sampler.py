@@ -45,22 +45,20 @@ def restrict(logits: chex.Array, support: Support, *, keep: chex.Array | None = 
         [..., V] logits / temperature, shifted so that the largest is 0; -inf outside the support.
     """
     # Log-probs and entropies are differences of these numbers: shifted they are small, and so is the rounding.
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    scaled = (logits - largest) / jnp.asarray(support.temperature, logits.dtype)
-    vocab = scaled.shape[-1]
-    if not (0 < support.top_k < vocab) and support.top_p >= 1.0:
-        return scaled
-    kept = scaled
+    largest, temperature = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)), jnp.asarray(support.temperature, logits.dtype)
+    kept = scaled = (logits - largest) / temperature
+    vocab = logits.shape[-1]
+    # Logits are compared, not what becomes of them: a compiler may compute that once for each use, each in another rounding, and then nothing need
+    # reach the threshold.
     if 0 < support.top_k < vocab:
-        threshold = jax.lax.top_k(scaled, support.top_k)[0][..., -1:]
-        kept = jnp.where(scaled >= threshold, scaled, -jnp.inf)
+        kept = jnp.where(logits >= jax.lax.top_k(logits, support.top_k)[0][..., -1:], scaled, -jnp.inf)
     if support.top_p < 1.0:
-        ranked = -jnp.sort(-kept, axis=-1)
-        mass = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
+        ranked = -jnp.sort(-jnp.where(jnp.isneginf(kept), -jnp.inf, logits), axis=-1)
+        mass = jnp.cumsum(jax.nn.softmax((ranked - largest) / temperature, axis=-1), axis=-1)
         # A token is kept while the mass before it is short of top_p: the first one always is.
         needed = jnp.concatenate([jnp.zeros_like(mass[..., :1]), mass[..., :-1]], axis=-1) < support.top_p
         threshold = jnp.min(jnp.where(needed, ranked, jnp.inf), axis=-1, keepdims=True)
-        kept = jnp.where(kept >= threshold, kept, -jnp.inf)
+        kept = jnp.where(logits >= threshold, kept, -jnp.inf)
     if keep is not None:
         kept = jnp.where(jax.nn.one_hot(keep, vocab, dtype=bool), scaled, kept)
     return kept

@@ -53,6 +53,17 @@ def probabilities(logits, support):
     return out / out.sum()
 
 
+@pytest.mark.parametrize("support", [Support(top_k=1), Support(temperature=0.7, top_p=1e-6)], ids=named)
+def test_logits_that_are_products_keep_their_largest(support):
+    """As those of 8-bit weights: a compiler that makes product and difference one rounded operation, here and not there, left no token at all."""
+    rng = np.random.default_rng(2)
+    integers, scales = rng.integers(-20_000, 20_000, (64, 31)).astype(np.float32), rng.uniform(1e-4, 2e-4, 31).astype(np.float32)
+    drawn = jax.jit(lambda x, scales, uniforms: sampler.sample(x * scales[None], uniforms, support))
+    tokens, found = drawn(integers, scales, rng.uniform(size=64).astype(np.float32))
+    np.testing.assert_array_equal(tokens, (integers * scales).argmax(axis=1))
+    np.testing.assert_allclose(found, 0, atol=1e-6)
+
+
 @pytest.mark.parametrize("support", SUPPORTS, ids=named)
 def test_restriction_equals_its_definition(support):
     logits = np.random.default_rng(1).normal(0, 2, (40, 31)).astype(np.float32)
