@@ -205,7 +205,8 @@ def two(tmp_path_factory):
         port = probe.getsockname()[1]
     here = pathlib.Path(__file__).resolve().parent
     # Quick to compile: what is compared to the bit is compared among programs of these processes.
-    environment = os.environ | {"PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    environment = os.environ | {"PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "XLA_FLAGS": flags}
     command = [sys.executable, str(here / "parallel_worker.py"), str(folder), str(port)]
     options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     workers = [subprocess.Popen([*command, str(process), "2"], **options) for process in range(2)]
