@@ -59,7 +59,7 @@ def restrict(logits: chex.Array, support: Support, *, keep: chex.Array | None = 
         needed = jnp.concatenate([jnp.zeros_like(mass[..., :1]), mass[..., :-1]], axis=-1) < support.top_p
         threshold = jnp.min(jnp.where(needed, ranked, jnp.inf), axis=-1, keepdims=True)
         kept = jnp.where(logits >= threshold, kept, -jnp.inf)
-    if keep is not None:
+    if keep is not None and kept is not scaled:
         kept = jnp.where(jax.nn.one_hot(keep, vocab, dtype=bool), scaled, kept)
     return kept
 
