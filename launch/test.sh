@@ -18,8 +18,8 @@ case "${1:-}" in
 esac
 setup_venv "$extra"
 
-# Thousands of small programs, most of which run once: two thirds of the time would go into making them fast. Those compared with other programs are
-# compiled as a user's are.
+# Thousands of small programs, most of which run once: making them fast would take a third of the time. What is compared with torch and transformers is
+# compiled as a user's is.
 if [[ "$extra" == dev ]]; then
   export JAX_DISABLE_MOST_OPTIMIZATIONS=1
   quick="${XLA_FLAGS:-} --xla_cpu_use_fusion_emitters=false"
