@@ -1,7 +1,6 @@
 """The learner role: rollouts → per-preference-group normalised advantages → update → weight versions and checkpoints."""
 
 import dataclasses
-import math
 from typing import Any, Callable, Mapping, Sequence
 
 import jax
@@ -14,6 +13,7 @@ from pgrpo_jax.checkpoints import Checkpoints, state_sha256
 from pgrpo_jax.curation import Signals
 from pgrpo_jax.learner_settings import LearnerSettings
 from pgrpo_jax.models import lora
+from pgrpo_jax.models.mesh import ROWS, size
 from pgrpo_jax.models.transformer import laid_over, Transformer
 from pgrpo_jax.optimiser import learning_rate
 from pgrpo_jax.structs import Rollouts, TrainBatch, TrainState
@@ -201,7 +201,7 @@ class Learner:
 
     def _sliced(self, batch: TrainBatch, *, times: int = 1) -> TrainBatch:
         """A batch in micro-batches, on its devices; one of `times` as many prompts as an update's has as many more."""
-        s, devices = self._settings, math.prod(self._mesh.shape[axis] for axis in parallel.ROWS)
+        s, devices = self._settings, size(self._mesh, *ROWS)
         count = batching.num_slices(batch, at_least=s.micro_batches * times, most_tokens=s.micro_batch_tokens, devices=devices)
         return parallel.shard_rows(batching.micro_batches(batch, count), self._mesh, axis=1)
 

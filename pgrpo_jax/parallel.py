@@ -19,11 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from pgrpo_jax.algorithms import advantages
 from pgrpo_jax.algorithms.advantages import AdvantageSettings, Diagnostics
 from pgrpo_jax.models.config import ModelConfig
+from pgrpo_jax.models.mesh import ROWS
 from pgrpo_jax.models.parameters import sharding_faults, SHARDED_AXES
 from pgrpo_jax.structs import RewardHistory
 
 AXIS = "devices"  # of `pmapped`
-ROWS = ("data", "fsdp", "expert")  # the axes of a mesh that split the rows of a batch
 
 _WHOLE_BYTES = 1 << 26  # an array larger than this comes together layer by layer
 

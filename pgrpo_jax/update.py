@@ -18,6 +18,7 @@ from pgrpo_jax.algorithms.reward_history import segment_sum
 from pgrpo_jax.generation.sampler import Support
 from pgrpo_jax.generation.scoring import score
 from pgrpo_jax.models import lora
+from pgrpo_jax.models.mesh import ROWS
 from pgrpo_jax.models.transformer import Transformer
 from pgrpo_jax.optimiser import make_optimiser, OptimiserSettings
 from pgrpo_jax.structs import TrainBatch, TrainState
@@ -145,7 +146,7 @@ def update(
         tokens; and "by_preference/…" [K], means over the tokens of each preference group).
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    rows = NamedSharding(state.step.sharding.mesh, PartitionSpec(None, parallel.ROWS))
+    rows = NamedSharding(state.step.sharding.mesh, PartitionSpec(None, ROWS))
     static = {"model": model, "settings": settings, "optimiser_settings": optimiser_settings}
     step = parallel.compiled(_step, (shardings, None, rows), donate_argnums=(0,), **static)
     state, metrics, measured = step(state, batch, advantages, old_log_probs, reference_log_probs, frozen, present)

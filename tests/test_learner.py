@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pgrpo_jax import batching, checkpoints, parallel, update
 from pgrpo_jax import learner as learners
 from pgrpo_jax.kl_control import KLControl
+from pgrpo_jax.models.mesh import ROWS
 from pgrpo_jax.schedule import Schedule
 from pgrpo_jax.structs import Work
 
@@ -357,7 +358,7 @@ def test_the_mesh_does_not_change_the_update(mesh, make, alone):
     expected, one = alone
     many = make(num_devices=num_devices, fsdp=fsdp, tp=tp)
     step_program = parallel.compiled(
-        update._step, (jax.tree.map(lambda x: x.sharding, many.state), None, NamedSharding(many._mesh, PartitionSpec(None, parallel.ROWS))),
+        update._step, (jax.tree.map(lambda x: x.sharding, many.state), None, NamedSharding(many._mesh, PartitionSpec(None, ROWS))),
         donate_argnums=(0,),
         model=many._model, settings=cases.LOSS, optimiser_settings=cases.OPTIMISER,
     )  # fmt: skip

@@ -5,6 +5,8 @@ import math
 import jax
 from jax.sharding import Mesh
 
+ROWS = ("data", "fsdp", "expert")  # the axes that split the rows of a batch
+
 
 def size(mesh: Mesh, *axes: str) -> int:
     """Returns how many parts some axes split an array into; an axis that the mesh lacks counts 1."""
@@ -12,8 +14,8 @@ def size(mesh: Mesh, *axes: str) -> int:
 
 
 def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
-    """Returns the axes that split `rows` rows of a batch, all but "tp"; None where rows do not divide, as those of the learner do: then all devices have all."""
-    axes = tuple(axis for axis in mesh.axis_names if axis != "tp")
+    """Returns those of `ROWS` that the mesh has; None where `rows` rows do not divide, as those of the learner do: then all devices have all."""
+    axes = tuple(axis for axis in ROWS if axis in mesh.axis_names)
     return axes if rows % size(mesh, *axes) == 0 else None
 
 

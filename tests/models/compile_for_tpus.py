@@ -19,6 +19,7 @@ from pgrpo_jax.generation.scoring import score
 from pgrpo_jax.models import transformer
 from pgrpo_jax.models.config import ModelConfig
 from pgrpo_jax.models.flash_attention import flash_attention
+from pgrpo_jax.models.mesh import ROWS
 from pgrpo_jax.models.parameters import parameter_shapes
 from pgrpo_jax.structs import TrainBatch
 
@@ -34,7 +35,7 @@ def batch(mesh):
     completions = PROMPTS * PER_PROMPT
 
     def of(dtype, *shape):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(parallel.ROWS)))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(ROWS)))
 
     return TrainBatch(
         prompts=of(jnp.int32, PROMPTS, TOKENS), prompt_lengths=of(jnp.int32, PROMPTS), preference_ids=of(jnp.int32, PROMPTS),
@@ -58,7 +59,7 @@ def attention_alone(mesh, head_dim, dtype):
     """Calls of kernels in the gradient of attention with all that it can be asked for, 4 rows of 640 tokens over a prompt of 200."""
 
     def of(dtype, *shape, heads=None):
-        spec = PartitionSpec(parallel.ROWS, *[None if axis != heads else "tp" for axis in range(1, len(shape))])
+        spec = PartitionSpec(ROWS, *[None if axis != heads else "tp" for axis in range(1, len(shape))])
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     arrays = (

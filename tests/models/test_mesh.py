@@ -12,6 +12,11 @@ def test_rows_lie_over_all_axes_but_tp_where_they_divide(rows, axes):
     assert meshes.row_axes(mesh, rows) == axes
 
 
+def test_an_actors_mesh_splits_no_rows():
+    """Its only axis is "tp"."""
+    assert meshes.row_axes(jax.make_mesh((8,), ("tp",)), 8) == ()
+
+
 @pytest.mark.parametrize("axes, parts", [((), 1), (("tp",), 4), (("fsdp", "tp"), 8), (("fsdp", "expert"), 2)])
 def test_an_axis_that_the_mesh_lacks_counts_one(axes, parts):
     assert meshes.size(jax.make_mesh((2, 4), ("fsdp", "tp")), *axes) == parts

@@ -139,22 +139,31 @@ def test_gradients(pair):
         assert np.linalg.norm(gradient - expected[name]) <= 1e-3 * np.linalg.norm(expected[name]), name
 
 
-@pytest.mark.parametrize("slots", [0, 2])
-def test_greedy_answers(pair, slots):
-    """32 tokens after prompts of several lengths, through the caches: of prompts, of what they begin with, and of completions."""
+@pytest.fixture(scope="module")
+def continued(pair):
+    """(prompts of several lengths, the 32 tokens that their model says after each, every one computed from the whole text)."""
     import torch
 
     theirs, directory = pair
-    model, params = ours(directory)
-    begin = text(model, 1)[0, :33].tolist()
+    begin = text(ours(directory)[0], 1)[0, :33].tolist()
     prompts = [begin, begin + [5, 6, 7], begin + [9]]
+    answers = []
+    for prompt in prompts:
+        row = torch.tensor([prompt], dtype=torch.long)
+        answer = theirs.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=32, do_sample=False, use_cache=False)
+        answers.append(answer[0, len(prompt) :].tolist())
+    return prompts, answers
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_greedy_answers(pair, continued, slots):
+    """Through the caches: of prompts, of what they begin with, and of completions."""
+    model, params = ours(pair[1])
+    prompts, answers = continued
     what = engine.GenerationSettings(max_new_tokens=32, support=Support(top_k=1), stop_ids=(), pad_id=0, prompt_buckets=(40,), slots=slots)
     padded, lengths = engine.pad_prompts(prompts, buckets=what.prompt_buckets, pad_id=0)
     found = engine.generate(model, params, padded, lengths, jax.random.key(0), completions_per_prompt=1, settings=what).tokens
-    for prompt, answer in zip(prompts, found):
-        row = torch.tensor([prompt], dtype=torch.long)
-        expected = theirs.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=32, do_sample=False, use_cache=False)
-        assert answer.tolist() == expected[0, len(prompt) :].tolist()
+    assert found.tolist() == answers
 
 
 def test_a_directory_comes_back_bit_for_bit(pair, tmp_path):

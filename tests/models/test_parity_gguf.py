@@ -47,17 +47,6 @@ def model(request):
     return request.param, file
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """PyTorch's threads wait for each other by spinning: beside another process two are ten times slower than one."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def quiet():
     import transformers
 
