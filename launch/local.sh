@@ -39,5 +39,5 @@ if [[ "$code" -eq 75 ]]; then
 fi
 [[ "$code" -eq 0 ]] || exit "$code"
 
-run .venv/bin/python launch/report.py "$WORKDIR"
+run .venv/bin/python launch/report.py "$WORKDIR" >/dev/null  # it prints the path, as the next line does
 echo "report: $WORKDIR/report.html (the whole took $((SECONDS / 60)) min $((SECONDS % 60)) s)"
